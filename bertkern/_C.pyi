@@ -1,0 +1,310 @@
+"""What the compiled extension offers (csrc/bindings.cpp). Only `bertkern.ops` and `bertkern.info`
+use it.
+
+Conventions of every function: tensors come as the address of their first element
+(`tensor.data_ptr()`),
+0 stands for an absent optional tensor; strides count elements; the last dimension's stride is 1;
+outputs
+are contiguous unless strides are passed for them and are written completely, whatever they held.
+`(dropout_threshold, dropout_scale, dropout_seed)`: threshold t = round(p · 65536), scale
+65536 / (65536 − t) (0 when t is 65536), the int64 seed; t = 0 switches dropout off.
+`threads` is the most threads to use; results do not depend on it.
+"""
+
+import enum
+
+Strides = tuple[int, int, int]
+
+class DType(enum.Enum):
+    """Element type of a tensor."""
+
+    FLOAT32 = 0
+    FLOAT16 = 1
+    BFLOAT16 = 2
+
+class Activation(enum.Enum):
+    """Activation function of a feed-forward layer."""
+
+    NONE = 0
+    GELU = 1
+    GELU_TANH = 2
+    RELU = 3
+
+def build_info() -> dict[str, str]:
+    """compiler, cpu_isas, cpu_isa (in use), parallel, cuda ("13.0" or "absent: reason"),
+    cuda_targets."""
+
+def cpu_isas() -> list[str]:
+    """Instruction sets compiled in that this processor has, best last."""
+
+def set_cpu_isa(name: str) -> None:
+    """Use one of `cpu_isas()` from now on (tests; BERTKERN_CPU_ISA in the environment does the
+    same)."""
+
+def cuda_device_count() -> tuple[int, str | None]:
+    """(devices, None), or (0, why there is none: not compiled, no driver, driver too old ...)."""
+
+def cuda_unusable() -> str | None:
+    """Why the CUDA kernels cannot be used in this process; None when they can."""
+
+def cuda_layer_norm_max_cols() -> int:
+    """Most columns that the CUDA LayerNorm kernels hold in registers."""
+
+def cuda_layer_norm_partials(rows: int) -> int:
+    """P, the rows of the `partial` buffer of cuda_layer_norm_bwd."""
+
+def cpu_attention_fwd(
+    q: int,
+    k: int,
+    v: int,
+    out: int,
+    lse: int,
+    q_strides: Strides,
+    k_strides: Strides,
+    v_strides: Strides,
+    out_strides: Strides,
+    cu_seqlens_q: int,
+    cu_seqlens_k: int,
+    key_lengths: int,
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    heads: int,
+    head_dim: int,
+    dtype: DType,
+    causal: int,
+    scale: float,
+    dropout_threshold: int,
+    dropout_scale: float,
+    dropout_seed: int,
+    sequence_offset: int,
+    threads: int,
+) -> None:
+    """out = dropout(softmax(scale · q kᵀ)) v, lse = log Σ exp(scale · q kᵀ).
+
+    Strides are (batch, sequence, head). Batched: q, out [B, Sq, H, D], k, v [B, Sk, H, D], lse fp32
+    [B, H, Sq], key_lengths int32 [B] or 0. Variable length (cu_seqlens_* int32 [B + 1], both or
+    neither):
+    q, out [Tq, H, D], k, v [Tk, H, D], lse fp32 [H, Tq]; the strides' batch entry is ignored,
+    seqlen_q is
+    Tq and seqlen_k is Tk. Raises ValueError for lengths that leave the tensors.
+    """
+
+def cpu_attention_bwd(
+    dout: int,
+    q: int,
+    k: int,
+    v: int,
+    out: int,
+    lse: int,
+    dlse: int,
+    dq: int,
+    dk: int,
+    dv: int,
+    dout_strides: Strides,
+    q_strides: Strides,
+    k_strides: Strides,
+    v_strides: Strides,
+    out_strides: Strides,
+    cu_seqlens_q: int,
+    cu_seqlens_k: int,
+    key_lengths: int,
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    heads: int,
+    head_dim: int,
+    dtype: DType,
+    causal: int,
+    scale: float,
+    dropout_threshold: int,
+    dropout_scale: float,
+    dropout_seed: int,
+    sequence_offset: int,
+    threads: int,
+) -> None:
+    """Gradients of cpu_attention_fwd. dq, dk, dv are contiguous in the layout of q, k, v; dlse
+    fp32 like lse, or 0."""
+
+def cpu_layer_norm_fwd(
+    x: int,
+    residual: int,
+    weight: int,
+    bias: int,
+    y: int,
+    z: int,
+    mean: int,
+    rstd: int,
+    dropout_rows: int,
+    x_stride: int,
+    residual_stride: int,
+    rows: int,
+    cols: int,
+    dtype: DType,
+    weight_dtype: DType,
+    bias_dtype: DType,
+    eps: float,
+    dropout_threshold: int,
+    dropout_scale: float,
+    dropout_seed: int,
+    threads: int,
+) -> None:
+    """y = (z − mean) · rstd · weight + bias, z = residual + dropout(x), or x itself when residual
+    is 0.
+
+    x, residual [rows, cols] with a row stride, y, z [rows, cols] contiguous, mean, rstd fp32
+    [rows],
+    dropout_rows int64 [rows] or 0. z is not written when it is 0, which needs residual 0.
+    """
+
+def cpu_layer_norm_bwd(
+    dy: int,
+    dz: int,
+    z: int,
+    weight: int,
+    mean: int,
+    rstd: int,
+    dx: int,
+    dresidual: int,
+    dweight: int,
+    dbias: int,
+    dropout_rows: int,
+    dy_stride: int,
+    dz_stride: int,
+    z_stride: int,
+    rows: int,
+    cols: int,
+    dtype: DType,
+    weight_dtype: DType,
+    bias_dtype: DType,
+    dropout_threshold: int,
+    dropout_scale: float,
+    dropout_seed: int,
+    threads: int,
+) -> None:
+    """dresidual = dz + rstd · (g − mean(g) − x̂ · mean(g · x̂)), g = dy · weight; dx =
+    dropout'(dresidual).
+
+    z is what cpu_layer_norm_fwd normalised (x when there was no residual). dz may be 0. dresidual
+    0: not
+    written. dweight, dbias [cols] in weight's and bias's dtype, 0 where there is none.
+    """
+
+def cpu_dropout(
+    x: int,
+    y: int,
+    dropout_rows: int,
+    x_stride: int,
+    rows: int,
+    cols: int,
+    dtype: DType,
+    dropout_threshold: int,
+    dropout_scale: float,
+    dropout_seed: int,
+    threads: int,
+) -> None:
+    """y = dropout(x), x [rows, cols] with a row stride, y contiguous."""
+
+def cpu_bias_act_fwd(
+    x: int,
+    bias: int,
+    residual: int,
+    y: int,
+    z: int,
+    dropout_rows: int,
+    x_stride: int,
+    residual_stride: int,
+    rows: int,
+    cols: int,
+    dtype: DType,
+    bias_dtype: DType,
+    activation: Activation,
+    dropout_threshold: int,
+    dropout_scale: float,
+    dropout_seed: int,
+    threads: int,
+) -> None:
+    """z = x + bias, y = residual + dropout(act(z)). bias, residual and z may be 0. y may be x, z
+    may be x, if contiguous."""
+
+def cpu_act_bwd(
+    dy: int,
+    z: int,
+    dz: int,
+    dbias: int,
+    dropout_rows: int,
+    dy_stride: int,
+    z_stride: int,
+    rows: int,
+    cols: int,
+    dtype: DType,
+    bias_dtype: DType,
+    activation: Activation,
+    dropout_threshold: int,
+    dropout_scale: float,
+    dropout_seed: int,
+    threads: int,
+) -> None:
+    """dz = dropout'(dy) · act'(z), dbias = Σ_rows dz (0: not wanted). z may be 0 for
+    Activation.NONE and dz 0 if only dbias is wanted."""
+
+def cuda_layer_norm_fwd(
+    x: int,
+    residual: int,
+    weight: int,
+    bias: int,
+    y: int,
+    z: int,
+    mean: int,
+    rstd: int,
+    dropout_rows: int,
+    dropout_seed: int,
+    x_stride: int,
+    residual_stride: int,
+    rows: int,
+    cols: int,
+    dtype: DType,
+    weight_dtype: DType,
+    eps: float,
+    dropout_threshold: int,
+    dropout_scale: float,
+    device: int,
+    stream: int,
+) -> None:
+    """As cpu_layer_norm_fwd, on device `device` and its stream (a cudaStream_t as an int).
+
+    dropout_seed is the address of the int64 on the device. weight and bias share weight_dtype,
+    which is
+    FLOAT32 or dtype. cols ≤ cuda_layer_norm_max_cols(). Raises ValueError for what it cannot take
+    and
+    RuntimeError with CUDA's own message when a launch fails.
+    """
+
+def cuda_layer_norm_bwd(
+    dy: int,
+    dz: int,
+    z: int,
+    weight: int,
+    mean: int,
+    rstd: int,
+    dx: int,
+    dresidual: int,
+    dweight: int,
+    dbias: int,
+    partial: int,
+    dropout_rows: int,
+    dropout_seed: int,
+    dy_stride: int,
+    dz_stride: int,
+    z_stride: int,
+    rows: int,
+    cols: int,
+    dtype: DType,
+    weight_dtype: DType,
+    dropout_threshold: int,
+    dropout_scale: float,
+    device: int,
+    stream: int,
+) -> None:
+    """As cpu_layer_norm_bwd. partial: fp32 [cuda_layer_norm_partials(rows), 2, cols], needed for
+    dweight or dbias."""

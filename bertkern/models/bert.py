@@ -1,0 +1,352 @@
+"""BERT (Devlin et al. 2018): the encoder, and its pre-training heads.
+
+    x = embeddings(ids);  x = layer(x) for each layer;  pooled = tanh(W x_first + b)
+    masked-LM logits = LayerNorm(gelu(W x + b)) E_wordᵀ + b_vocab    E_word: the word embedding
+    next-sentence logits = W pooled + b                              0: B follows A, 1: B is random
+
+Padded input is unpadded once, before the embedding, and padded again only in the output.
+
+Legend: B sequences, S padded length, T real tokens, V vocabulary, P tokens that carry a label.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bertkern import ops
+from bertkern.nn import (
+    BertEmbeddings,
+    EncoderLayer,
+    LayerNorm,
+    Linear,
+    TokenLayout,
+    packed_layout,
+    padded_layout,
+)
+from bertkern.nn.encoder import SEEDS_PER_LAYER
+from bertkern.nn.layout import IGNORE_INDEX
+
+from .checkpoint import PretrainedModel
+from .config import BertConfig
+
+Labelled = tuple[Tensor, Tensor]  # tokens [P] in 0..T-1, and their labels [P]
+
+
+@dataclass
+class BertModelOutput:
+    """What BertModel returns.
+
+    Attributes:
+        last_hidden_state: [B, S, hidden] with zeros at padding, or [T, hidden] for packed input.
+        pooler_output: [B, hidden], or None for a model without pooler.
+    """
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None
+
+
+@dataclass
+class BertForPreTrainingOutput:
+    """What BertForPreTraining returns; what was not asked for is None.
+
+    Attributes:
+        loss: the sum of the two losses below, of those whose labels were given.
+        masked_lm_loss: mean cross-entropy over the tokens that carry a label; 0 where none does.
+        next_sentence_loss: mean cross-entropy over the sequences.
+        prediction_logits: [B, S, V] with zeros at padding, or [T, V] for packed input.
+        seq_relationship_logits: [B, 2].
+    """
+
+    loss: Tensor | None
+    masked_lm_loss: Tensor | None
+    next_sentence_loss: Tensor | None
+    prediction_logits: Tensor | None
+    seq_relationship_logits: Tensor
+
+
+class BertModel(PretrainedModel):
+    """The encoder with its embeddings and pooler.
+
+    Args:
+        config: sizes and rates.
+        pooler: whether there is the dense layer that makes pooler_output.
+    """
+
+    def __init__(self, config: BertConfig, pooler: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = BertEmbeddings(
+            config.vocab_size,
+            config.max_position_embeddings,
+            config.type_vocab_size,
+            config.hidden_size,
+            config.layer_norm_eps,
+            config.hidden_dropout_prob,
+            config.pad_token_id,
+        )
+        self.layers = nn.ModuleList(
+            EncoderLayer(
+                config.hidden_size,
+                config.num_attention_heads,
+                config.intermediate_size,
+                config.activation,
+                config.hidden_dropout_prob,
+                config.attention_probs_dropout_prob,
+                config.layer_norm_eps,
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+        self.pooler = Linear(config.hidden_size, config.hidden_size) if pooler else None
+        initialize(self, config.initializer_range)
+
+    @classmethod
+    def _for_tensors(cls, config: BertConfig, stored: dict[str, Tensor]) -> BertModel:
+        # an encoder that was saved without pooler, as from masked-LM training, stays without
+        return cls(config, pooler=any(name.startswith("pooler.") for name in stored))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> BertModelOutput:
+        """Encode a padded or a packed batch.
+
+        Args:
+            input_ids: integer [B, S], or [T] with cu_seqlens and max_seqlen.
+            attention_mask: bool or integer [B, S], 0 at padding, which may stand anywhere; padded
+                input only.
+            token_type_ids: integer, shape of input_ids; None means type 0.
+            position_ids: integer, shape of input_ids; for padded input also [S] or [1, S]. None:
+                the column in the padded batch, or the index in its sequence for packed input.
+            cu_seqlens: int32 [B + 1] on the device: 0, then the running sum of the lengths.
+            max_seqlen: the longest length, or more.
+
+        Raises:
+            ValueError: shapes that do not fit together, or a sequence longer than
+                max_position_embeddings.
+            TypeError: an argument of the wrong dtype.
+        """
+        layout, _ = self.layout(input_ids, attention_mask, cu_seqlens, max_seqlen, position_ids)
+        x = self.encode(layout, input_ids, token_type_ids, position_ids)
+        return BertModelOutput(layout.pad(x), self.pool(x, layout))
+
+    def layout(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> tuple[TokenLayout, Labelled | None]:
+        """Check the batch and find its tokens, and among padded ones those that carry labels."""
+        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            raise TypeError(f"input_ids must be integer, not {input_ids.dtype}")
+        if (cu_seqlens is None) != (max_seqlen is None):
+            raise ValueError(
+                "cu_seqlens and max_seqlen belong together: give both (packed) or neither"
+            )
+        if cu_seqlens is not None:
+            assert max_seqlen is not None
+            if input_ids.dim() != 1:
+                raise ValueError(
+                    f"with cu_seqlens, input_ids must be packed [T], not {list(input_ids.shape)}"
+                )
+            if attention_mask is not None:
+                raise ValueError(
+                    "attention_mask is for padded input; packed input has cu_seqlens instead"
+                )
+            layout = packed_layout(input_ids.shape[0], cu_seqlens, max_seqlen, input_ids.device)
+            labelled = None
+        else:
+            if input_ids.dim() != 2:
+                raise ValueError(
+                    f"input_ids must be [B, S], or [T] with cu_seqlens and max_seqlen, not "
+                    f"{list(input_ids.shape)}"
+                )
+            shape = (input_ids.shape[0], input_ids.shape[1])
+            layout, labelled = padded_layout(shape, input_ids.device, attention_mask, labels)
+        longest = input_ids.shape[1] if cu_seqlens is None else layout.max_seqlen
+        if position_ids is None and longest > self.config.max_position_embeddings:
+            raise ValueError(
+                f"a sequence of {longest} tokens is longer than max_position_embeddings = "
+                f"{self.config.max_position_embeddings}"
+            )
+        return layout, labelled
+
+    def encode(
+        self,
+        layout: TokenLayout,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The tokens' hidden states [T, hidden], without padding."""
+        shape = input_ids.shape
+        if (
+            position_ids is not None
+            and len(shape) == 2
+            and position_ids.shape in (shape[1:], (1, shape[1]))
+        ):
+            position_ids = position_ids.expand(shape)
+        for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
+            if ids is not None and ids.shape != shape:
+                raise ValueError(f"{name} has shape {list(ids.shape)}, input_ids {list(shape)}")
+        seeds = self._draw_dropout_seeds(input_ids.device)
+        x = self.embeddings(
+            layout.unpad(input_ids),
+            layout.positions if position_ids is None else layout.unpad(position_ids),
+            None if token_type_ids is None else layout.unpad(token_type_ids),
+            layout,
+            None if seeds is None else seeds[0],
+        )
+        for i, layer in enumerate(self.layers):
+            start = 1 + i * SEEDS_PER_LAYER
+            x = layer(x, layout, None if seeds is None else seeds[start : start + SEEDS_PER_LAYER])
+        return x
+
+    def pool(self, x: Tensor, layout: TokenLayout) -> Tensor | None:
+        """tanh(dense(first token)) of each sequence, [B, hidden]."""
+        return None if self.pooler is None else torch.tanh(self.pooler(layout.first_tokens(x)))
+
+    def _draw_dropout_seeds(self, device: torch.device) -> Tensor | None:
+        """One launch draws the seeds of every dropout of a step."""
+        config = self.config
+        if not self.training or not (
+            config.hidden_dropout_prob or config.attention_probs_dropout_prob
+        ):
+            return None
+        return torch.randint(2**63 - 1, (1 + SEEDS_PER_LAYER * len(self.layers),), device=device)
+
+
+class BertForPreTraining(PretrainedModel):
+    """BERT with the masked-LM head (tied to the word embedding) and the next-sentence head.
+
+    Args:
+        config: sizes and rates.
+    """
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config)
+        self.transform = Linear(config.hidden_size, config.hidden_size, config.activation)
+        self.transform_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.vocab_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.next_sentence = Linear(config.hidden_size, 2)
+        for head in (self.transform, self.next_sentence):
+            initialize(head, config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        *,
+        label_tokens: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        return_logits: bool = False,
+    ) -> BertForPreTrainingOutput:
+        """Losses, or logits.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen: as
+                BertModel.
+            labels: int64, shape of input_ids: the vocabulary id to predict, -100 where there is
+                none. The vocabulary is predicted at labelled tokens only.
+            next_sentence_label: int64 [B], 0: the second text follows the first, 1: it is random.
+            label_tokens: int64 [P], packed input only: the tokens that `labels`, then [P], are
+                for. With it a GPU is never waited for; without it, finding the labels on a GPU
+                waits once.
+            return_logits: compute prediction_logits also when labels are given.
+        """
+        model = self.bert
+        layout, labelled = model.layout(
+            input_ids, attention_mask, cu_seqlens, max_seqlen, position_ids, labels
+        )
+        if label_tokens is not None and (labels is None or cu_seqlens is None):
+            raise ValueError("label_tokens needs packed input and labels")
+        if labels is not None and cu_seqlens is not None:
+            labelled = self._packed_labels(input_ids, labels, label_tokens)
+        x = model.encode(layout, input_ids, token_type_ids, position_ids)
+        pooled = model.pool(x, layout)
+        assert pooled is not None
+        relationship = self.next_sentence(pooled)
+
+        masked_lm_loss = next_sentence_loss = logits = None
+        if labelled is not None:
+            tokens, targets = labelled
+            masked_lm_loss = mean_cross_entropy(self.predict(x.index_select(0, tokens)), targets)
+        if labels is None or return_logits:
+            logits = layout.pad(self.predict(x))
+        if next_sentence_label is not None:
+            if next_sentence_label.shape != (layout.batch_size,):
+                raise ValueError(
+                    f"next_sentence_label must be [B] = [{layout.batch_size}], not "
+                    f"{list(next_sentence_label.shape)}"
+                )
+            next_sentence_loss = mean_cross_entropy(relationship, next_sentence_label)
+        losses = [loss for loss in (masked_lm_loss, next_sentence_loss) if loss is not None]
+        return BertForPreTrainingOutput(
+            sum(losses[1:], losses[0]) if losses else None,
+            masked_lm_loss,
+            next_sentence_loss,
+            logits,
+            relationship,
+        )
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Hidden states [..., hidden] -> logits over the vocabulary [..., V]."""
+        h = self.transform_norm(self.transform(x))
+        return ops.linear(h, self.bert.embeddings.word.weight, self.vocab_bias)
+
+    @staticmethod
+    def _packed_labels(input_ids: Tensor, labels: Tensor, label_tokens: Tensor | None) -> Labelled:
+        if label_tokens is not None:
+            if label_tokens.shape != labels.shape or labels.dim() != 1:
+                raise ValueError(
+                    f"labels and label_tokens must both be [P], not {list(labels.shape)} and "
+                    f"{list(label_tokens.shape)}"
+                )
+            return label_tokens, labels
+        if labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels has shape {list(labels.shape)}, input_ids {list(input_ids.shape)}"
+            )
+        tokens = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        return tokens.to(input_ids.device), labels[tokens].to(input_ids.device)
+
+
+def initialize(module: nn.Module, std: float) -> None:
+    """Weights of linear layers and embeddings from N(0, std), their biases and padding rows 0."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(part.weight, std=std)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            with torch.no_grad():
+                part.weight[part.padding_idx] = 0.0
+
+
+def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean of -log softmax(logits [N, C])[target] over the targets [N] that are not -100.
+
+    0 where all are. In float32, or float64 for float64 logits.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    total = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)

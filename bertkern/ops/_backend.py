@@ -1,0 +1,192 @@
+"""Chooses who computes an op: one function, `implementation`, and the reasons against every other
+choice.
+
+Backends: "cuda" (compiled kernels), "triton", "cpu" (compiled kernels), "reference" (plain
+PyTorch). Every backend has functions of the same names and arguments (see `bertkern/reference/`).
+Nothing here
+depends on batch size or lengths: the same sequence is computed by the same kernel in every batch.
+float64 is always the reference formula.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# Ops of each backend. What is not here goes to the next backend in the order of `_PREFERENCE`.
+_LAYER_NORM_OPS = ("layer_norm", "dropout_add_layer_norm")
+_ALL_OPS = ("attention", "linear", "ffn", "dropout", *_LAYER_NORM_OPS)
+_OPS = {"cuda": _LAYER_NORM_OPS, "triton": _ALL_OPS, "cpu": _ALL_OPS, "reference": _ALL_OPS}
+_PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+_TRITON_MODULE = {"dropout_add_layer_norm": "layer_norm"}
+_MAX_HEAD_DIM = 256
+_MAX_TRITON_COLUMNS = 65536
+
+_forced: str | None = None  # process-wide: autograd runs backwards in threads of its own
+
+
+class backend:
+    """Forces a backend inside a `with` block, for every thread of the process.
+
+    `BERTKERN_BACKEND` in the environment does the same for the whole process; the innermost wins.
+
+    Args:
+        name: "cuda", "triton", "cpu" or "reference".
+
+    Raises:
+        ValueError: for another name. A forced backend that cannot compute a call makes that call
+            raise
+            NotImplementedError, which says why.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in BACKENDS:
+            raise ValueError(f"backend={name!r}: allowed are {', '.join(BACKENDS)}")
+        self.name = name
+        self._outer: list[str | None] = []
+
+    def __enter__(self) -> "backend":
+        global _forced
+        self._outer.append(_forced)
+        _forced = self.name
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        global _forced
+        _forced = self._outer.pop()
+
+
+def _forced_backend() -> str | None:
+    name = _forced or os.environ.get("BERTKERN_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"BERTKERN_BACKEND={name!r}: allowed are {', '.join(BACKENDS)}")
+    return name
+
+
+@functools.cache
+def native() -> tuple[ModuleType | None, str | None]:
+    """The compiled extension, or None and the reason."""
+    try:
+        return importlib.import_module("bertkern._C"), None
+    except ImportError as error:
+        return None, f"the compiled extension bertkern._C cannot be imported ({error})"
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1 before the first
+    import)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def unusable(name: str, device_type: str) -> str | None:
+    """Why a backend cannot work on tensors of a device type in this process; None when it can."""
+    if name == "reference":
+        return None
+    if name == "cpu":
+        if device_type != "cpu":
+            return f"its kernels work on cpu tensors, not {device_type}"
+        return native()[1]
+    if name == "triton":
+        if device_type != "cuda" and not (device_type == "cpu" and triton_interpreted()):
+            return (
+                f"Triton has no {device_type} target; TRITON_INTERPRET=1 in the environment, set "
+                "before "
+                "Python starts, runs its kernels on cpu tensors in the interpreter"
+            )
+        try:
+            importlib.import_module("triton")
+        except ImportError as error:
+            return f"triton cannot be imported ({error})"
+        return None
+    if device_type != "cuda":
+        return f"its kernels work on cuda tensors, not {device_type}"
+    extension, reason = native()
+    if extension is None:
+        return reason
+    return extension.cuda_unusable()
+
+
+def _cannot(name: str, op: str, x: Tensor, head_dim: int, columns: int) -> str | None:
+    """Why a backend cannot compute this call; None when it can."""
+    if op not in _OPS[name]:
+        return f"it has no {op} kernel"
+    reason = unusable(name, x.device.type)
+    if reason is not None:
+        return reason
+    if name == "reference":
+        return None
+    if head_dim > _MAX_HEAD_DIM:
+        return f"its head dim is at most {_MAX_HEAD_DIM}, not {head_dim}"
+    if (
+        name == "triton"
+        and triton_interpreted()
+        and x.dtype == torch.bfloat16
+        and op in ("attention", "linear", "ffn")
+    ):
+        return "the Triton interpreter multiplies bfloat16 wrongly in tl.dot"
+    if name == "triton" and columns > _MAX_TRITON_COLUMNS:
+        return f"its rows have at most {_MAX_TRITON_COLUMNS} columns, not {columns}"
+    if name == "cuda":
+        from . import _cuda
+
+        return _cuda.cannot_layer_norm(x, columns)
+    return None
+
+
+def _module(name: str, op: str) -> ModuleType:
+    if name == "triton":
+        return importlib.import_module(f"bertkern.kernels.{_TRITON_MODULE.get(op, op)}")
+    if name == "reference":
+        return importlib.import_module(f"bertkern.reference.{_TRITON_MODULE.get(op, op)}")
+    return importlib.import_module(f"bertkern.ops._{name}")
+
+
+@functools.cache
+def _function(name: str, op: str, function: str) -> Callable[..., Any]:
+    return getattr(_module(name, op), function)
+
+
+def implementation(
+    op: str, direction: str, x: Tensor, *, head_dim: int = 0, columns: int = 0
+) -> Callable[..., Any]:
+    """The function that computes a call.
+
+    Args:
+        op: its name in `bertkern`.
+        direction: "_fwd", "_bwd", or "" for an op that is its own backward.
+        x: a tensor with the call's device and dtype.
+        head_dim, columns: the sizes that decide what a kernel can hold; 0 where they do not apply.
+
+    Raises:
+        NotImplementedError: the forced backend cannot compute it; the message says why.
+        ValueError: BERTKERN_BACKEND holds an unknown name.
+    """
+    forced = _forced_backend()
+    function = op + direction
+    if x.dtype not in KERNEL_DTYPES or x.device.type == "meta":
+        return _function("reference", op, function)
+    if forced is not None:
+        reason = _cannot(forced, op, x, head_dim, columns)
+        if reason is not None:
+            raise NotImplementedError(
+                f"backend={forced!r} cannot compute {op} on {x.device.type} in {x.dtype}: {reason}"
+            )
+        return _function(forced, op, function)
+    for name in _PREFERENCE.get(x.device.type, ("reference",)):
+        if _cannot(name, op, x, head_dim, columns) is None:
+            return _function(name, op, function)
+    raise AssertionError("the reference backend computes everything")

@@ -1,0 +1,357 @@
+// bertkern._C: one function per native op. The contents page of everything compiled.
+//
+// Tensors come as addresses (0: absent), sizes and strides in elements; bertkern/_C.pyi says the
+// shapes and dtypes of each argument. The GIL is released while an op works.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/dtype.h"
+#include "cpu/cpu.h"
+#include "cpu/parallel.h"
+#include "cuda/device.h"
+#include "cuda/layer_norm.h"
+
+namespace py = pybind11;
+using py::literals::operator""_a;
+
+namespace bertkern {
+namespace {
+
+using Address = uintptr_t;
+using Strides = std::tuple<int64_t, int64_t, int64_t>;
+using ReleaseGil = py::call_guard<py::gil_scoped_release>;
+
+template <typename T = void>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Strided strided(Address address, const Strides& strides) {
+  return {at(address), std::get<0>(strides), std::get<1>(strides), std::get<2>(strides)};
+}
+
+Dropout dropout_of(uint32_t threshold, float scale, int64_t seed) {
+  return {threshold, scale, static_cast<uint64_t>(seed)};
+}
+
+void check(bool good, const std::string& message) {
+  if (!good) throw std::invalid_argument(message);
+}
+
+// A tensor without elements has the address 0, as one that is absent.
+void check_residual(Address residual, Address z, uint32_t dropout_threshold, int64_t rows,
+                    int64_t cols) {
+  if (rows == 0 || cols == 0) return;
+  check((residual == 0) == (z == 0), "z is written when there is a residual, and only then");
+  check(residual != 0 || dropout_threshold == 0, "dropout needs a residual");
+}
+
+AttentionArguments attention_arguments(Address cu_seqlens_q, Address cu_seqlens_k,
+                                       Address key_lengths, int64_t batch, int64_t seqlen_q,
+                                       int64_t seqlen_k, int64_t heads, int64_t head_dim,
+                                       DType dtype, int causal, float scale, const Dropout& dropout,
+                                       int64_t sequence_offset) {
+  check(head_dim >= 1 && head_dim <= 256,
+        "head_dim is " + std::to_string(head_dim) + "; allowed are 1 to 256");
+  check(causal >= 0 && causal <= 2,
+        "causal is " + std::to_string(causal) + "; allowed are 0, 1 (bottom right), 2 (top left)");
+  check((cu_seqlens_q == 0) == (cu_seqlens_k == 0),
+        "cu_seqlens_q and cu_seqlens_k must both be given, or neither");
+  check(batch >= 0 && seqlen_q >= 0 && seqlen_k >= 0 && heads >= 0, "sizes must not be negative");
+  AttentionArguments a{};
+  a.cu_seqlens_q = at<const int32_t>(cu_seqlens_q);
+  a.cu_seqlens_k = at<const int32_t>(cu_seqlens_k);
+  a.key_lengths = at<const int32_t>(key_lengths);
+  a.batch = batch;
+  a.seqlen_q = seqlen_q;
+  a.seqlen_k = seqlen_k;
+  a.heads = heads;
+  a.head_dim = head_dim;
+  a.dtype = dtype;
+  a.causal = causal;
+  a.scale = scale;
+  a.dropout = dropout;
+  a.sequence_offset = sequence_offset;
+  return a;
+}
+
+void cpu_attention_fwd(Address q, Address k, Address v, Address out, Address lse, Strides q_strides,
+                       Strides k_strides, Strides v_strides, Strides out_strides,
+                       Address cu_seqlens_q, Address cu_seqlens_k, Address key_lengths,
+                       int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t heads,
+                       int64_t head_dim, DType dtype, int causal, float scale,
+                       uint32_t dropout_threshold, float dropout_scale, int64_t dropout_seed,
+                       int64_t sequence_offset, int threads) {
+  AttentionArguments a = attention_arguments(
+      cu_seqlens_q, cu_seqlens_k, key_lengths, batch, seqlen_q, seqlen_k, heads, head_dim, dtype,
+      causal, scale, dropout_of(dropout_threshold, dropout_scale, dropout_seed), sequence_offset);
+  a.q = strided(q, q_strides);
+  a.k = strided(k, k_strides);
+  a.v = strided(v, v_strides);
+  a.out = strided(out, out_strides);
+  a.lse = at<float>(lse);
+  cpu::attention_fwd(a, threads);
+}
+
+void cpu_attention_bwd(Address dout, Address q, Address k, Address v, Address out, Address lse,
+                       Address dlse, Address dq, Address dk, Address dv, Strides dout_strides,
+                       Strides q_strides, Strides k_strides, Strides v_strides, Strides out_strides,
+                       Address cu_seqlens_q, Address cu_seqlens_k, Address key_lengths,
+                       int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t heads,
+                       int64_t head_dim, DType dtype, int causal, float scale,
+                       uint32_t dropout_threshold, float dropout_scale, int64_t dropout_seed,
+                       int64_t sequence_offset, int threads) {
+  AttentionArguments a = attention_arguments(
+      cu_seqlens_q, cu_seqlens_k, key_lengths, batch, seqlen_q, seqlen_k, heads, head_dim, dtype,
+      causal, scale, dropout_of(dropout_threshold, dropout_scale, dropout_seed), sequence_offset);
+  const int64_t token = heads * head_dim;
+  a.q = strided(q, q_strides);
+  a.k = strided(k, k_strides);
+  a.v = strided(v, v_strides);
+  a.out = strided(out, out_strides);
+  a.dout = strided(dout, dout_strides);
+  a.dq = strided(dq, {seqlen_q * token, token, head_dim});
+  a.dk = strided(dk, {seqlen_k * token, token, head_dim});
+  a.dv = strided(dv, {seqlen_k * token, token, head_dim});
+  a.lse = at<float>(lse);
+  a.dlse = at<const float>(dlse);
+  cpu::attention_bwd(a, threads);
+}
+
+void cpu_layer_norm_fwd(Address x, Address residual, Address weight, Address bias, Address y,
+                        Address z, Address mean, Address rstd, Address dropout_rows,
+                        int64_t x_stride, int64_t residual_stride, int64_t rows, int64_t cols,
+                        DType dtype, DType weight_dtype, DType bias_dtype, float eps,
+                        uint32_t dropout_threshold, float dropout_scale, int64_t dropout_seed,
+                        int threads) {
+  check_residual(residual, z, dropout_threshold, rows, cols);
+  const Dropout dropout = dropout_of(dropout_threshold, dropout_scale, dropout_seed);
+  cpu::layer_norm_fwd({at(x), at(residual), at(weight), at(bias), at(y), at(z), at<float>(mean),
+                       at<float>(rstd), at<const int64_t>(dropout_rows), x_stride, residual_stride,
+                       rows, cols, dtype, weight_dtype, bias_dtype, eps, dropout},
+                      threads);
+}
+
+void cpu_layer_norm_bwd(Address dy, Address dz, Address z, Address weight, Address mean,
+                        Address rstd, Address dx, Address dresidual, Address dweight, Address dbias,
+                        Address dropout_rows, int64_t dy_stride, int64_t dz_stride,
+                        int64_t z_stride, int64_t rows, int64_t cols, DType dtype,
+                        DType weight_dtype, DType bias_dtype, uint32_t dropout_threshold,
+                        float dropout_scale, int64_t dropout_seed, int threads) {
+  const Dropout dropout = dropout_of(dropout_threshold, dropout_scale, dropout_seed);
+  cpu::layer_norm_bwd(
+      {at(dy), at(dz), at(z), at(weight), at<const float>(mean), at<const float>(rstd), at(dx),
+       at(dresidual), at<const int64_t>(dropout_rows), dy_stride, dz_stride, z_stride, rows, cols,
+       dtype, weight_dtype, dropout},
+      at(dweight), at(dbias), bias_dtype, threads);
+}
+
+void cpu_bias_act_fwd(Address x, Address bias, Address residual, Address y, Address z,
+                      Address dropout_rows, int64_t x_stride, int64_t residual_stride, int64_t rows,
+                      int64_t cols, DType dtype, DType bias_dtype, Activation activation,
+                      uint32_t dropout_threshold, float dropout_scale, int64_t dropout_seed,
+                      int threads) {
+  const Dropout dropout = dropout_of(dropout_threshold, dropout_scale, dropout_seed);
+  cpu::bias_act_fwd({at(x), at(bias), at(residual), at(y), at(z), at<const int64_t>(dropout_rows),
+                     x_stride, residual_stride, rows, cols, dtype, bias_dtype, activation, dropout},
+                    threads);
+}
+
+void cpu_dropout(Address x, Address y, Address dropout_rows, int64_t x_stride, int64_t rows,
+                 int64_t cols, DType dtype, uint32_t dropout_threshold, float dropout_scale,
+                 int64_t dropout_seed, int threads) {
+  cpu_bias_act_fwd(x, 0, 0, y, 0, dropout_rows, x_stride, 0, rows, cols, dtype, dtype,
+                   Activation::kNone, dropout_threshold, dropout_scale, dropout_seed, threads);
+}
+
+void cpu_act_bwd(Address dy, Address z, Address dz, Address dbias, Address dropout_rows,
+                 int64_t dy_stride, int64_t z_stride, int64_t rows, int64_t cols, DType dtype,
+                 DType bias_dtype, Activation activation, uint32_t dropout_threshold,
+                 float dropout_scale, int64_t dropout_seed, int threads) {
+  check(z != 0 || activation == Activation::kNone || rows == 0 || cols == 0,
+        "the activation's gradient needs z");
+  const Dropout dropout = dropout_of(dropout_threshold, dropout_scale, dropout_seed);
+  cpu::act_bwd({at(dy), at(z), at(dz), at<const int64_t>(dropout_rows), dy_stride, z_stride, rows,
+                cols, dtype, activation, dropout},
+               at(dbias), bias_dtype, threads);
+}
+
+void cuda_layer_norm_fwd(Address x, Address residual, Address weight, Address bias, Address y,
+                         Address z, Address mean, Address rstd, Address dropout_rows,
+                         Address dropout_seed, int64_t x_stride, int64_t residual_stride,
+                         int64_t rows, int64_t cols, DType dtype, DType weight_dtype, float eps,
+                         uint32_t dropout_threshold, float dropout_scale, int device,
+                         Address stream) {
+  check_residual(residual, z, dropout_threshold, rows, cols);
+  cuda::layer_norm_fwd({at(x),
+                        at(residual),
+                        at(weight),
+                        at(bias),
+                        at(y),
+                        at(z),
+                        at<float>(mean),
+                        at<float>(rstd),
+                        x_stride,
+                        residual_stride,
+                        rows,
+                        cols,
+                        dtype,
+                        weight_dtype,
+                        eps,
+                        {dropout_threshold, dropout_scale, at<const int64_t>(dropout_seed),
+                         at<const int64_t>(dropout_rows)}},
+                       device, at(stream));
+}
+
+void cuda_layer_norm_bwd(Address dy, Address dz, Address z, Address weight, Address mean,
+                         Address rstd, Address dx, Address dresidual, Address dweight,
+                         Address dbias, Address partial, Address dropout_rows, Address dropout_seed,
+                         int64_t dy_stride, int64_t dz_stride, int64_t z_stride, int64_t rows,
+                         int64_t cols, DType dtype, DType weight_dtype, uint32_t dropout_threshold,
+                         float dropout_scale, int device, Address stream) {
+  cuda::layer_norm_bwd({at(dy),
+                        at(dz),
+                        at(z),
+                        at(weight),
+                        at<const float>(mean),
+                        at<const float>(rstd),
+                        at(dx),
+                        at(dresidual),
+                        at(dweight),
+                        at(dbias),
+                        at<float>(partial),
+                        dy_stride,
+                        dz_stride,
+                        z_stride,
+                        rows,
+                        cols,
+                        dtype,
+                        weight_dtype,
+                        {dropout_threshold, dropout_scale, at<const int64_t>(dropout_seed),
+                         at<const int64_t>(dropout_rows)}},
+                       device, at(stream));
+}
+
+std::vector<std::string> cpu_isas() {
+  int count = 0;
+  const char* const* names = available_isas(&count);
+  return {names, names + count};
+}
+
+void set_cpu_isa(const std::string& name) {
+  std::string allowed;
+  for (const std::string& isa : cpu_isas()) allowed += (allowed.empty() ? "" : ", ") + isa;
+  check(use_isa(name.c_str()), "name is '" + name + "'; allowed here are " + allowed);
+}
+
+py::dict build_info() {
+  std::string isas;
+  for (const std::string& isa : cpu_isas()) isas += (isas.empty() ? "" : ", ") + isa;
+  py::dict info;
+  info["compiler"] = BERTKERN_COMPILER;
+  info["cpu_isas"] = isas;
+  info["cpu_isa"] = kernels().isa;
+  info["parallel"] = parallel_backend();
+  info["cuda"] = BERTKERN_CUDA_VERSION[0] != '\0' ? std::string(BERTKERN_CUDA_VERSION)
+                                                  : std::string("absent: ") + BERTKERN_CUDA_REASON;
+  info["cuda_targets"] = BERTKERN_CUDA_TARGETS;
+  return info;
+}
+
+std::tuple<int, std::optional<std::string>> cuda_device_count() {
+  std::string reason;
+  const int count = cuda::device_count(reason);
+  return {count, count > 0 ? std::nullopt : std::optional<std::string>(reason)};
+}
+
+std::optional<std::string> cuda_unusable() { return std::get<1>(cuda_device_count()); }
+
+}  // namespace
+}  // namespace bertkern
+
+PYBIND11_MODULE(_C, m) {
+  using namespace bertkern;
+  m.doc() = "Compiled kernels of bertkern; see bertkern/_C.pyi.";
+
+  py::enum_<DType>(m, "DType", "Element type of a tensor.")
+      .value("FLOAT32", DType::kFloat32)
+      .value("FLOAT16", DType::kFloat16)
+      .value("BFLOAT16", DType::kBFloat16);
+  py::enum_<Activation>(m, "Activation", "Activation function of a feed-forward layer.")
+      .value("NONE", Activation::kNone)
+      .value("GELU", Activation::kGelu)
+      .value("GELU_TANH", Activation::kGeluTanh)
+      .value("RELU", Activation::kRelu);
+
+  m.def("build_info", &build_info, "What was compiled, by what, and why anything is absent.");
+  m.def("cpu_isas", &cpu_isas, "Instruction sets compiled in that this processor has, best last.");
+  m.def("set_cpu_isa", &set_cpu_isa, "name"_a, "Use one of cpu_isas() from now on.");
+  m.def("cuda_device_count", &cuda_device_count,
+        "(devices, None), or (0, why there is none). Never raises.");
+  m.def("cuda_unusable", &cuda_unusable, "Why the CUDA kernels cannot be used; None if they can.");
+  m.def("cuda_layer_norm_max_cols", &cuda::layer_norm_max_cols,
+        "Most columns that the CUDA LayerNorm kernels hold in registers.");
+  m.def("cuda_layer_norm_partials", &cuda::layer_norm_partials, "rows"_a,
+        "P, the rows of the `partial` buffer of cuda_layer_norm_bwd.");
+
+  m.def("cpu_attention_fwd", &cpu_attention_fwd, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a,
+        "q_strides"_a, "k_strides"_a, "v_strides"_a, "out_strides"_a, "cu_seqlens_q"_a,
+        "cu_seqlens_k"_a, "key_lengths"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "heads"_a,
+        "head_dim"_a, "dtype"_a, "causal"_a, "scale"_a, "dropout_threshold"_a, "dropout_scale"_a,
+        "dropout_seed"_a, "sequence_offset"_a, "threads"_a, ReleaseGil(),
+        "out = dropout(softmax(scale q k^T)) v and its lse. q, out [B, Sq, H, D], k, v [B, Sk, H, "
+        "D], or "
+        "[T, H, D] with cu_seqlens; strides (batch, sequence, head); lse fp32 [B, H, Sq] or [H, "
+        "Tq]. ");
+  m.def("cpu_attention_bwd", &cpu_attention_bwd, "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a,
+        "dlse"_a, "dq"_a, "dk"_a, "dv"_a, "dout_strides"_a, "q_strides"_a, "k_strides"_a,
+        "v_strides"_a, "out_strides"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a, "key_lengths"_a,
+        "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "heads"_a, "head_dim"_a, "dtype"_a, "causal"_a,
+        "scale"_a, "dropout_threshold"_a, "dropout_scale"_a, "dropout_seed"_a, "sequence_offset"_a,
+        "threads"_a, ReleaseGil(),
+        "dq, dk, dv of cpu_attention_fwd, contiguous in the layout of q, k, v. dlse may be 0.");
+  m.def("cpu_layer_norm_fwd", &cpu_layer_norm_fwd, "x"_a, "residual"_a, "weight"_a, "bias"_a, "y"_a,
+        "z"_a, "mean"_a, "rstd"_a, "dropout_rows"_a, "x_stride"_a, "residual_stride"_a, "rows"_a,
+        "cols"_a, "dtype"_a, "weight_dtype"_a, "bias_dtype"_a, "eps"_a, "dropout_threshold"_a,
+        "dropout_scale"_a, "dropout_seed"_a, "threads"_a, ReleaseGil(),
+        "y = (z - mean) * rstd * weight + bias, z = residual + dropout(x); x, y, z [rows, cols], "
+        "mean, "
+        "rstd fp32 [rows]. Without a residual z is x, and is not written. ");
+  m.def("cpu_layer_norm_bwd", &cpu_layer_norm_bwd, "dy"_a, "dz"_a, "z"_a, "weight"_a, "mean"_a,
+        "rstd"_a, "dx"_a, "dresidual"_a, "dweight"_a, "dbias"_a, "dropout_rows"_a, "dy_stride"_a,
+        "dz_stride"_a, "z_stride"_a, "rows"_a, "cols"_a, "dtype"_a, "weight_dtype"_a,
+        "bias_dtype"_a, "dropout_threshold"_a, "dropout_scale"_a, "dropout_seed"_a, "threads"_a,
+        ReleaseGil(),
+        "dresidual = dz + rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dy * weight; "
+        "dx = dropout'(dresidual); dweight, dbias [cols] summed in fp32 in a fixed order. ");
+  m.def("cpu_dropout", &cpu_dropout, "x"_a, "y"_a, "dropout_rows"_a, "x_stride"_a, "rows"_a,
+        "cols"_a, "dtype"_a, "dropout_threshold"_a, "dropout_scale"_a, "dropout_seed"_a,
+        "threads"_a, ReleaseGil(), "y = dropout(x), x, y [rows, cols].");
+  m.def("cpu_bias_act_fwd", &cpu_bias_act_fwd, "x"_a, "bias"_a, "residual"_a, "y"_a, "z"_a,
+        "dropout_rows"_a, "x_stride"_a, "residual_stride"_a, "rows"_a, "cols"_a, "dtype"_a,
+        "bias_dtype"_a, "activation"_a, "dropout_threshold"_a, "dropout_scale"_a, "dropout_seed"_a,
+        "threads"_a, ReleaseGil(),
+        "z = x + bias, y = residual + dropout(act(z)), all [rows, cols], bias [cols].");
+  m.def("cpu_act_bwd", &cpu_act_bwd, "dy"_a, "z"_a, "dz"_a, "dbias"_a, "dropout_rows"_a,
+        "dy_stride"_a, "z_stride"_a, "rows"_a, "cols"_a, "dtype"_a, "bias_dtype"_a, "activation"_a,
+        "dropout_threshold"_a, "dropout_scale"_a, "dropout_seed"_a, "threads"_a, ReleaseGil(),
+        "dz = dropout'(dy) * act'(z) [rows, cols], dbias = sum of dz over rows [cols].");
+  m.def("cuda_layer_norm_fwd", &cuda_layer_norm_fwd, "x"_a, "residual"_a, "weight"_a, "bias"_a,
+        "y"_a, "z"_a, "mean"_a, "rstd"_a, "dropout_rows"_a, "dropout_seed"_a, "x_stride"_a,
+        "residual_stride"_a, "rows"_a, "cols"_a, "dtype"_a, "weight_dtype"_a, "eps"_a,
+        "dropout_threshold"_a, "dropout_scale"_a, "device"_a, "stream"_a, ReleaseGil(),
+        "As cpu_layer_norm_fwd, on a device and its stream; dropout_seed is an address on the "
+        "device.");
+  m.def("cuda_layer_norm_bwd", &cuda_layer_norm_bwd, "dy"_a, "dz"_a, "z"_a, "weight"_a, "mean"_a,
+        "rstd"_a, "dx"_a, "dresidual"_a, "dweight"_a, "dbias"_a, "partial"_a, "dropout_rows"_a,
+        "dropout_seed"_a, "dy_stride"_a, "dz_stride"_a, "z_stride"_a, "rows"_a, "cols"_a, "dtype"_a,
+        "weight_dtype"_a, "dropout_threshold"_a, "dropout_scale"_a, "device"_a, "stream"_a,
+        ReleaseGil(),
+        "As cpu_layer_norm_bwd; partial is fp32 [cuda_layer_norm_partials(rows), 2, cols].");
+}

@@ -1,0 +1,34 @@
+// CPU LayerNorm: from tensors to work items, which are ranges of rows.
+#include "cpu.h"
+#include "row_chunks.h"
+
+namespace bertkern::cpu {
+
+void layer_norm_fwd(const NormArguments& a, int threads) {
+  const FloatVector weight(a.weight, a.weight_dtype, a.cols);
+  const FloatVector bias(a.bias, a.bias_dtype, a.cols);
+  const Kernels& table = kernels();
+  const int64_t step = rows_per_item(a.cols);
+  parallel_for((a.rows + step - 1) / step, threads, [&](int64_t item) {
+    const int64_t first = item * step, last = std::min(a.rows, first + step);
+    table.layer_norm_fwd(a, weight.data, bias.data, first, last,
+                         thread_scratch(row_scratch(a.cols)));
+  });
+}
+
+void layer_norm_bwd(const NormGradArguments& a, void* dweight, void* dbias, DType bias_dtype,
+                    int threads) {
+  const FloatVector weight(a.weight, a.weight_dtype, a.cols);
+  const RowChunks chunks(a.rows);
+  ChunkSums weight_sums(chunks, a.cols, dweight != nullptr);
+  ChunkSums bias_sums(chunks, a.cols, dbias != nullptr);
+  const Kernels& table = kernels();
+  parallel_for(chunks.count, threads, [&](int64_t i) {
+    table.layer_norm_bwd(a, weight.data, weight_sums.of(i), bias_sums.of(i), chunks.first(i),
+                         chunks.last(i), thread_scratch(row_scratch(a.cols)));
+  });
+  if (dweight != nullptr) weight_sums.add_up(a.cols, dweight, a.weight_dtype, threads);
+  if (dbias != nullptr) bias_sums.add_up(a.cols, dbias, bias_dtype, threads);
+}
+
+}  // namespace bertkern::cpu

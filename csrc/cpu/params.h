@@ -1,0 +1,136 @@
+// Arguments of the CPU kernels, and the table of kernels of one instruction set.
+//
+// The files *_kernels.cpp are compiled once per instruction set, each time into a namespace of its
+// own, and give one `Kernels` table. They hold no memory, no threads and nothing of the C++
+// library: a copy of a library template compiled for AVX-512 must not become the program's only
+// copy. attention.cpp, layer_norm.cpp and ffn.cpp, compiled once for the baseline, bring scratch
+// memory and threads.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/dropout.h"
+#include "../common/dtype.h"
+
+namespace bertkern {
+
+struct Dropout {
+  uint32_t threshold;  // 0: off
+  float scale;
+  uint64_t seed;
+};
+
+// One tensor [B, S, H, D] or [T, H, D] by its strides in elements; the last one is 1.
+struct Strided {
+  void* data;
+  int64_t batch, seq, head;
+};
+
+struct AttentionArguments {
+  Strided q, k, v, out;
+  Strided dout, dq, dk, dv;  // backward only
+  float* lse;                // [B, H, Sq] or [H, Tq]
+  const float* dlse;         // backward only; may be null
+  const int32_t* cu_seqlens_q;
+  const int32_t* cu_seqlens_k;
+  const int32_t* key_lengths;
+  int64_t batch, seqlen_q, seqlen_k, heads, head_dim;
+  DType dtype;
+  int causal;
+  float scale;
+  Dropout dropout;
+  int64_t sequence_offset;
+};
+
+// One (sequence, head): pointers to its first rows.
+struct AttentionHead {
+  const void *q, *k, *v;
+  void* out;
+  const void* dout;
+  void *dq, *dk, *dv;
+  float* lse;         // stride 1 over queries
+  const float* dlse;  // may be null
+  int64_t len_q, len_k;
+  int64_t q_row, k_row, v_row, out_row, dout_row, dq_row, dk_row, dv_row;  // strides over tokens
+  int64_t causal_offset;  // query i sees key j when j <= i + causal_offset
+  bool causal;
+  int head_dim;
+  float scale;
+  uint32_t dropout_threshold;
+  float dropout_scale;
+  DropoutStream stream;
+};
+
+struct NormArguments {
+  const void *x, *residual, *weight, *bias;
+  void *y, *z;
+  float *mean, *rstd;
+  const int64_t* dropout_rows;
+  int64_t x_stride, residual_stride, rows, cols;
+  DType dtype, weight_dtype, bias_dtype;
+  float eps;
+  Dropout dropout;
+};
+
+struct NormGradArguments {
+  const void *dy, *dz, *z, *weight;
+  const float *mean, *rstd;
+  void *dx, *dresidual;
+  const int64_t* dropout_rows;
+  int64_t dy_stride, dz_stride, z_stride, rows, cols;
+  DType dtype, weight_dtype;
+  Dropout dropout;
+};
+
+struct ActArguments {
+  const void *x, *bias, *residual;
+  void *y, *z;
+  const int64_t* dropout_rows;
+  int64_t x_stride, residual_stride, rows, cols;
+  DType dtype, bias_dtype;
+  Activation activation;
+  Dropout dropout;
+};
+
+struct ActGradArguments {
+  const void *dy, *z;
+  void* dz;
+  const int64_t* dropout_rows;
+  int64_t dy_stride, z_stride, rows, cols;
+  DType dtype;
+  Activation activation;
+  Dropout dropout;
+};
+
+// Kernels of one instruction set. Scratch is 64-byte aligned fp32; *_scratch says how many floats.
+struct Kernels {
+  const char* isa;
+  int64_t (*attention_fwd_scratch)(int64_t max_queries, int64_t max_keys, int head_dim);
+  // Queries [first, last) of one head.
+  void (*attention_fwd)(const AttentionHead&, DType, int64_t first, int64_t last, float* scratch);
+  int64_t (*attention_bwd_scratch)(int64_t max_queries, int64_t max_keys, int head_dim);
+  void (*attention_bwd)(const AttentionHead&, DType, float* scratch);
+  // Rows [first, last). weight, bias: fp32, or null. scratch: row_scratch(cols) floats.
+  void (*layer_norm_fwd)(const NormArguments&, const float* weight, const float* bias,
+                         int64_t first, int64_t last, float* scratch);
+  // dweight, dbias: fp32 [2, padded cols], zero before: the sums over these rows and what their
+  // rounding lost; or null.
+  void (*layer_norm_bwd)(const NormGradArguments&, const float* weight, float* dweight,
+                         float* dbias, int64_t first, int64_t last, float* scratch);
+  void (*bias_act_fwd)(const ActArguments&, const float* bias, int64_t first, int64_t last);
+  void (*act_bwd)(const ActGradArguments&, float* dbias, int64_t first, int64_t last);
+  // Casts between fp32 and `dtype`. The fp32 side has room for whole vectors: up to 15 floats more.
+  void (*to_float)(const void* source, DType, float* target, int64_t count);
+  void (*from_float)(const float* source, void* target, DType, int64_t count);
+};
+
+// Scratch floats for a kernel that works on rows of `cols` elements: up to four rows in fp32,
+// padded.
+inline int64_t row_scratch(int64_t cols) { return 4 * ((cols + 15) / 16 * 16 + 16); }
+
+// The table in use; see isa.cpp.
+const Kernels& kernels();
+const char* const* available_isas(int* count);
+bool use_isa(const char* name);  // false: not compiled in, or this processor lacks it
+
+}  // namespace bertkern

@@ -1,0 +1,57 @@
+// Launching a kernel: the one place that hands a grid to the CUDA runtime.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace bertkern::cuda {
+
+// What a launch needs, computed in plain C++.
+struct Launch {
+  int64_t blocks;
+  int threads;
+  int shared_bytes;
+};
+
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error) + " (" +
+                           cudaGetErrorName(error) + ")");
+}
+
+// Makes `device` current and restores the one before.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = before_ != device;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// Kernels take one argument struct. Up to 48 KB of shared memory need no permission.
+template <typename Arguments>
+void launch(void (*kernel)(Arguments), const Launch& shape, const Arguments& arguments,
+            void* stream, const char* what) {
+  if (shape.blocks > 0x7FFFFFFF) {
+    throw std::invalid_argument(std::string(what) + ": " + std::to_string(shape.blocks) +
+                                " blocks; at most 2147483647 fit a grid");
+  }
+  kernel<<<static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.threads),
+           static_cast<size_t>(shape.shared_bytes), static_cast<cudaStream_t>(stream)>>>(arguments);
+  check(cudaGetLastError(), what);
+}
+
+}  // namespace bertkern::cuda

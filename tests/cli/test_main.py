@@ -1,0 +1,60 @@
+"""Help, version, and how errors arrive."""
+
+import subprocess
+import sys
+
+import pytest
+
+import bertkern
+from bertkern.cli.main import app
+
+COMMANDS = ("info", "demo", "embed", "fill-mask", "pretrain")
+
+
+def test_version(run):
+    assert run("--version").stdout.strip() == f"bertkern {bertkern.__version__}"
+
+
+def test_help_names_every_command(run):
+    text = run("--help").stdout
+    assert all(command in text for command in COMMANDS)
+    assert {command.name for command in app.registered_commands} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_and_option_explains_itself(run, command):
+    result = run(command, "--help", env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert "--device" in result.stdout or command == "info"
+
+
+def test_a_bug_of_ours_shows_its_traceback(run, monkeypatch):
+    def broken():
+        raise RuntimeError("not the user's fault")
+
+    monkeypatch.setattr(bertkern, "info", broken)
+    assert isinstance(run("info").exception, RuntimeError)
+
+
+def test_an_error_shows_its_traceback_when_asked(run, monkeypatch):
+    monkeypatch.setenv("BERTKERN_TRACEBACK", "1")
+    assert isinstance(run("embed", "/no/such.txt").exception, FileNotFoundError)
+
+
+def test_interruption_is_one_line_and_exit_code_130(run, monkeypatch):
+    def stopped():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bertkern, "info", stopped)
+    result = run("info")
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "interrupted"
+
+
+def test_unknown_command_is_a_usage_error():
+    done = subprocess.run(
+        [sys.executable, "-m", "bertkern.cli.main", "fly"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "No such command 'fly'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,44 @@
+"""Fixtures that every room's tests share.
+
+Without a GPU the Triton kernels run in Triton's interpreter, which must be asked for before the
+first import of triton; so this file does it before anything of bertkern is imported.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from bertkern.ops import _backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def device() -> str:
+    """The device that the kernels are tested on here."""
+    return DEVICE
+
+
+@pytest.fixture(params=_backend.BACKENDS)
+def backend(request) -> str:
+    """Every backend; skipped, with the reason, where it cannot be used on this machine."""
+    reason = _backend.unusable(request.param, DEVICE)
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """Memory that torch hands out uninitialised is full of NaN, so that an output nobody wrote
+    shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -1,0 +1,70 @@
+"""Reading text: sentences, documents, bad files, the standard library's English."""
+
+import pytest
+
+from bertkern.data import (
+    read_documents,
+    split_documents,
+    split_sentences,
+    standard_library_text,
+)
+
+
+def test_sentences():
+    text = 'Dr. Who saw\n it, e.g. the box.  "Where?" he asked! See 3.5 volts. It works'
+    assert split_sentences(text) == [
+        "Dr. Who saw it, e.g. the box.",
+        '"Where?" he asked!',
+        "See 3.5 volts.",
+        "It works",
+    ]
+    assert split_sentences("  \n") == []
+
+
+def test_documents(tmp_path):
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_bytes("\ufeffFirst line\r\ngoes on. Next.\r\n\r\n \r\nÜber.\n".encode())
+    two.write_text("Other file.")
+    assert read_documents([one, two]) == [
+        ["First line goes on.", "Next."],
+        ["Über."],
+        ["Other file."],
+    ]
+
+
+def test_bad_files(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes("Fine \u00e9. ".encode() + b"caf\xe9.")
+    with pytest.raises(ValueError, match=r"text.txt: not UTF-8 text: byte 0xe9 at offset 12"):
+        read_documents([path])
+    path.write_text(" \n\n ")
+    with pytest.raises(ValueError, match=r"no text in .*text.txt"):
+        read_documents([path])
+    with pytest.raises(ValueError, match="no text in an empty list of files"):
+        read_documents([])
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file"):
+        read_documents([tmp_path / "nowhere"])
+
+
+def test_split():
+    documents = [[f"{i}."] for i in range(100)]
+    train, held_out = split_documents(documents, 0.1, seed=3)
+    assert (len(train), len(held_out)) == (90, 10)
+    assert sorted(train + held_out) == sorted(documents)
+    assert split_documents(documents, 0.1, seed=3)[1] == held_out
+    assert split_documents(documents, 0.1, seed=4)[1] != held_out
+    assert [len(part) for part in split_documents(documents[:4], 0.01)] == [2, 2]
+    with pytest.raises(ValueError, match=r"3 document\(s\).*at least 4"):
+        split_documents(documents[:3])
+    with pytest.raises(ValueError, match="held_out must be between 0 and 1, not 1"):
+        split_documents(documents, 1)
+
+
+def test_standard_library_text():
+    documents = standard_library_text()
+    assert documents == standard_library_text()
+    sentences = [s for document in documents for s in document]
+    assert len(documents) > 100
+    assert sum(map(len, sentences)) > 500_000
+    letters = sum(c.isalpha() or c == " " for s in sentences for c in s)
+    assert letters > 0.9 * sum(map(len, sentences))

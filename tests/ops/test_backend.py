@@ -1,0 +1,88 @@
+"""Who computes: forcing, reasons, and errors that say why."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import bertkern
+from bertkern.ops import _backend
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(
+        ValueError, match="backend='metal': allowed are cuda, triton, cpu, reference"
+    ):
+        bertkern.backend("metal")
+
+
+def test_environment_is_checked(monkeypatch):
+    monkeypatch.setenv("BERTKERN_BACKEND", "fast")
+    with pytest.raises(ValueError, match="BERTKERN_BACKEND='fast'"):
+        bertkern.layer_norm(torch.zeros(2, 4))
+
+
+def test_environment_forces(monkeypatch):
+    monkeypatch.setenv("BERTKERN_BACKEND", "reference")
+    function = _backend.implementation("attention", "_fwd", torch.zeros(1))
+    assert function.__module__ == "bertkern.reference.attention"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_impossible_choice_says_why():
+    with (
+        bertkern.backend("cuda"),
+        pytest.raises(NotImplementedError, match="cuda tensors, not cpu"),
+    ):
+        bertkern.layer_norm(torch.zeros(2, 4))
+
+
+def test_the_innermost_block_wins_and_is_undone():
+    x = torch.zeros(2, 4)
+    with bertkern.backend("triton"), bertkern.backend("reference"):
+        assert "reference" in _backend.implementation("layer_norm", "_fwd", x).__module__
+    assert _backend._forced is None
+
+
+def test_float64_is_the_reference_whatever_is_forced():
+    with bertkern.backend("triton"):
+        function = _backend.implementation("linear", "_fwd", torch.zeros(1, dtype=torch.float64))
+    assert function.__module__ == "bertkern.reference.linear"
+
+
+def test_every_backend_has_the_same_functions():
+    for name, ops in _backend._OPS.items():
+        if _backend.unusable(name, "cuda" if torch.cuda.is_available() else "cpu"):
+            continue
+        for op in ops:
+            for direction in [""] if op == "dropout" else ["_fwd", "_bwd"]:
+                assert callable(_backend._function(name, op, op + direction))
+
+
+def test_info_names_every_backend_and_a_reason_for_each_gap():
+    found = bertkern.info()
+    assert [b.name for b in found.backends] == list(_backend.BACKENDS)
+    for one in found.backends:
+        assert one.devices or one.reasons
+        assert all(one.reasons.values())
+    assert found.versions["bertkern"] == bertkern.__version__
+    assert "backends" in str(found)
+
+
+def test_triton_without_interpreter_says_how():
+    code = (
+        "import torch, bertkern\n"
+        "with bertkern.backend('triton'): bertkern.layer_norm(torch.zeros(2, 4))"
+    )
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: the tensors below are on the cpu")
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PATH": "/usr/bin:/bin", "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "TRITON_INTERPRET=1" in run.stderr

@@ -1,0 +1,168 @@
+"""layer_norm and dropout_add_layer_norm against fp64, on every backend."""
+
+import pytest
+import torch
+from tolerance import assert_close
+from torch.nn import functional as F
+
+import bertkern
+from bertkern.reference.dropout import hidden_mask
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SHAPES = [(1, 1), (3, 7), (67, 128), (5, 33), (33, 384), (9, 768), (4, 1025), (0, 16)]
+
+
+def random(shape, dtype, device, generator, mean=0.0):
+    return (torch.randn(shape, generator=generator) + mean).to(device, dtype)
+
+
+def hold_to_rule(run, inputs, names, cotangents):
+    """run(inputs) -> outputs; the same in fp64 and in plain torch decides what is right."""
+    functions = {"ours": run[0], "plain": run[1]}
+    results = {}
+    for key, function, cast in (
+        ("ours", "ours", lambda t: t),
+        ("exact", "plain", lambda t: t.double()),
+        ("same", "plain", lambda t: t),
+    ):
+        leaves = [cast(t.detach().clone()).requires_grad_() for t in inputs]
+        outputs = functions[function](*leaves)
+        grads = torch.autograd.grad(
+            outputs, leaves, [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True)]
+        )
+        results[key] = (outputs, grads)
+    for i, out in enumerate(results["ours"][0]):
+        assert_close(out, results["exact"][0][i], results["same"][0][i], name=f"output {i}")
+    for i, grad in enumerate(results["ours"][1]):
+        assert grad.dtype == inputs[i].dtype
+        two_dim = [r[1][i].reshape(-1, r[1][i].shape[-1]) for r in results.values()]
+        assert_close(
+            grad.reshape(two_dim[0].shape), *two_dim[1:], grad=True, name=f"gradient of {names[i]}"
+        )
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_layer_norm(backend, device, shape, dtype, mean):
+    generator = torch.Generator().manual_seed(shape[1])
+    x = random(shape, dtype, device, generator, mean)
+    weight = random(shape[1:], torch.float32, device, generator)
+    bias = random(shape[1:], torch.float32, device, generator)
+    dy = random(shape, dtype, device, generator)
+
+    def plain(x, weight, bias):
+        y = F.layer_norm(x, shape[1:], weight.to(x.dtype), bias.to(x.dtype), 1e-5)
+        return (y,)
+
+    with bertkern.backend(backend):
+        hold_to_rule(
+            (lambda *t: (bertkern.layer_norm(*t, 1e-5),), plain),
+            (x, weight, bias),
+            ("x", "weight", "bias"),
+            (dy,),
+        )
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize(
+    ("shape", "dropout_p", "rows_given"),
+    [
+        ((3, 7), 0.3, False),
+        ((67, 128), 0.0, False),
+        ((5, 33), 0.3, True),
+        ((130, 96), 0.3, False),
+        ((9, 768), 0.3, True),
+        ((4, 1025), 0.0, False),
+        ((0, 16), 0.3, True),
+    ],
+)
+def test_dropout_add_layer_norm(backend, device, shape, dtype, dropout_p, rows_given):
+    generator = torch.Generator().manual_seed(shape[1])
+    x, residual, dy, dz = (random(shape, dtype, device, generator) for _ in range(4))
+    weight, bias = (random(shape[1:], dtype, device, generator) for _ in range(2))
+    seed = torch.tensor([17], device=device)
+    rows = torch.arange(shape[0], device=device) * 3 + 5 if rows_given else None
+    mask = hidden_mask(x, dropout_p, seed, rows)
+
+    def ours(*tensors):
+        return bertkern.dropout_add_layer_norm(
+            *tensors, dropout_p, 1e-12, True, seed, dropout_rows=rows
+        )
+
+    def plain(x, residual, weight, bias):
+        z = residual + x * mask.to(x.dtype)
+        return F.layer_norm(z, shape[1:], weight, bias, 1e-12), z
+
+    with bertkern.backend(backend):
+        hold_to_rule(
+            (ours, plain),
+            (x, residual, weight, bias),
+            ("x", "residual", "weight", "bias"),
+            (dy, dz),
+        )
+
+
+def test_no_parameters_and_strided_rows(backend, device):
+    torch.manual_seed(0)
+    x = torch.randn(40, 96, device=device)[::2, :64].requires_grad_()
+    with bertkern.backend(backend):
+        y = bertkern.layer_norm(x)
+        y.square().sum().backward()
+    torch.testing.assert_close(y, F.layer_norm(x, (64,)))
+    assert x.grad is not None
+
+
+def test_large_mean_keeps_the_variance(backend, device):
+    """Σx² − mean² in fp32 would lose everything here; a centred sum does not."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 256, device=device) + 10_000
+    exact = F.layer_norm(x.double(), (256,))
+    with bertkern.backend(backend):
+        y = bertkern.layer_norm(x)
+    assert_close(y, exact, F.layer_norm(x, (256,)))
+
+
+def test_nan_stays_in_its_row(backend, device):
+    x = torch.randn(5, 64, device=device)
+    x[2, 3] = float("nan")
+    with bertkern.backend(backend):
+        y = bertkern.layer_norm(x)
+    assert y[2].isnan().all()
+    assert y[[0, 1, 3, 4]].isfinite().all()
+
+
+def test_a_row_does_not_feel_its_batch(backend, device):
+    torch.manual_seed(0)
+    x = torch.randn(131, 80, device=device)
+    with bertkern.backend(backend):
+        assert torch.equal(bertkern.layer_norm(x)[77:78], bertkern.layer_norm(x[77:78]))
+
+
+def test_backends_drop_the_same_elements(backend, device):
+    rows = torch.tensor([0, 9, 1 << 33, 70], device=device)
+    seed = torch.tensor([-3], device=device)
+    x = torch.ones(4, 50, device=device)
+    with bertkern.backend(backend):
+        _, z = bertkern.dropout_add_layer_norm(
+            x, torch.zeros_like(x), None, None, 0.4, 1e-5, True, seed, dropout_rows=rows
+        )
+    torch.testing.assert_close(z, hidden_mask(x, 0.4, seed, rows), rtol=1e-6, atol=0)
+
+
+def test_wrong_arguments_are_named():
+    x = torch.zeros(2, 8)
+    with pytest.raises(ValueError, match=r"weight has shape \[7\]; it must be \[8\]"):
+        bertkern.layer_norm(x, torch.ones(7))
+    with pytest.raises(ValueError, match="eps=-1"):
+        bertkern.layer_norm(x, eps=-1)
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, not list"):
+        bertkern.layer_norm([1.0])
+    with pytest.raises(ValueError, match=r"residual has shape \[3, 8\]"):
+        bertkern.dropout_add_layer_norm(x, torch.zeros(3, 8), None, None)
+    with pytest.raises(ValueError, match="dropout_rows has shape"):
+        bertkern.dropout_add_layer_norm(x, x, None, None, 0.1, dropout_rows=torch.zeros(3).long())
+    with pytest.raises(TypeError, match=r"dropout_rows has dtype torch\.int32"):
+        bertkern.dropout_add_layer_norm(x, x, None, None, 0.1, dropout_rows=torch.zeros(2).int())

