@@ -7,19 +7,50 @@ looser.
 and the same with the root mean square over every 64 consecutive rows of every matrix in place of
 the maximum, so that large rows do not excuse small ones. `same_dtype` is the plain computation in
 the tested dtype; `(ref + 0.3) - 0.3 - ref`, in that dtype, is one rounding of a value of size ~0.3.
+
+In fp32 nothing but sums is rounded, and the largest error of one order of summation is a random
+number: two equally exact computations break the rule against each other about once in fifty small
+cases, other cases on every machine. So a miss by less than NEAR is a NearMiss, and
+`hold_in_most_draws` draws fresh inputs before it believes it.
 """
+
+from collections.abc import Callable
 
 import torch
 
 ROWS = 64
+NEAR = 2.0
+DRAWS = 5
+
+
+class NearMiss(AssertionError):
+    """The rule is broken, by less than NEAR times the bound."""
+
+
+def hold_in_most_draws(check: Callable[[int], object]) -> None:
+    """Run check(0), which draws its inputs from that seed; after a near miss also check(1) … of
+    DRAWS in all, most of which must hold. A greater miss fails at once."""
+    misses = []
+    for draw in range(DRAWS):
+        try:
+            check(draw)
+        except NearMiss as miss:
+            misses.append(miss)
+            if len(misses) > DRAWS // 2:
+                raise
+        if not misses:
+            return
 
 
 def _rms_per_rows(error: torch.Tensor) -> torch.Tensor:
-    """Root mean square of `error` [..., rows, cols] over every ROWS consecutive rows -> [n, 1]."""
+    """Root mean square of `error` [..., rows, cols] over every ROWS consecutive rows: [n].
+
+    The last block is the last ROWS rows, not a remainder of a few.
+    """
     matrix = error.reshape(-1, *error.shape[-2:]) if error.dim() >= 2 else error.reshape(1, -1, 1)
-    return torch.cat(
-        [part.square().mean(dim=(1, 2)).sqrt() for part in matrix.split(ROWS, dim=1)], dim=0
-    )
+    rows = matrix.shape[1]
+    starts = [*range(0, rows - ROWS, ROWS), max(rows - ROWS, 0)]
+    return torch.cat([matrix[:, s : s + ROWS].square().mean(dim=(1, 2)).sqrt() for s in starts])
 
 
 def assert_close(
@@ -51,15 +82,15 @@ def assert_close(
     error, allowed = out64 - ref64, same64 - ref64
     worst = error.abs().max().item()
     bound = factor * allowed.abs().max().item() + 2 * rounding.abs().max().item()
-    assert worst <= bound, f"{name}: max error {worst:.3e} > {bound:.3e} ({dtype})"
-    rms, rms_bound = (
-        _rms_per_rows(error),
-        factor * _rms_per_rows(allowed) + 2 * _rms_per_rows(rounding),
-    )
-    excess = (rms - rms_bound).max().item()
+    if worst > bound:
+        kind = NearMiss if worst <= NEAR * bound else AssertionError
+        raise kind(f"{name}: max error {worst:.3e} > {bound:.3e} ({dtype})")
+    rms = _rms_per_rows(error)
+    rms_bound = factor * _rms_per_rows(allowed) + 2 * _rms_per_rows(rounding)
     where = int((rms - rms_bound).argmax())
-    assert excess <= 0, (
-        f"{name}: rms error {rms[where]:.3e} > {rms_bound[where]:.3e} in block {where} of {ROWS} "
-        "rows "
-        f"({dtype})"
-    )
+    if rms[where] > rms_bound[where]:
+        kind = NearMiss if (rms <= NEAR * rms_bound).all() else AssertionError
+        raise kind(
+            f"{name}: rms error {rms[where]:.3e} > {rms_bound[where]:.3e} in block {where} of "
+            f"{ROWS} rows ({dtype})"
+        )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from tolerance import assert_close
+from tolerance import assert_close, hold_in_most_draws
 from torch.nn import functional as F
 
 import bertkern
@@ -181,7 +181,6 @@ def check(case, dtype, run, q, k, v, dout, dlse):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_varlen(backend, device, case, dtype):
     skip_unless_computable(backend, dtype)
-    q, k, v, dout, dlse = random_inputs(case, dtype, device)
     lengths = torch.tensor(case.lengths, dtype=torch.int32)
     cu = F.pad(lengths.cumsum(0, dtype=torch.int32), (0, 0, 1, 0)).to(device)
     seed = torch.tensor([SEED], device=device)
@@ -203,7 +202,9 @@ def test_varlen(backend, device, case, dtype):
         )
 
     with bertkern.backend(backend):
-        check(case, dtype, run, q, k, v, dout, dlse)
+        hold_in_most_draws(
+            lambda draw: check(case, dtype, run, *random_inputs(case, dtype, device, seed=2 * draw))
+        )
 
 
 @pytest.mark.usefixtures("nan_filled_memory")
@@ -217,7 +218,6 @@ def test_batched_with_key_lengths(backend, device, case, dtype):
         len(len_q) > 1
     ):  # the batched layout has one query length: take each sequence's keys for the longest
         case = replace(case, lengths=tuple((max(len_q), pair[1]) for pair in case.lengths))
-    q, k, v, dout, dlse = random_inputs(case, dtype, device, seed=1)
     batch, len_q = len(case.lengths), case.lengths[0][0]
     key_lengths = torch.tensor([pair[1] for pair in case.lengths], dtype=torch.int32)
     longest = int(key_lengths.max()) + 3
@@ -247,7 +247,11 @@ def test_batched_with_key_lengths(backend, device, case, dtype):
         return out.reshape(q.shape), lse.transpose(0, 1).reshape(case.heads, -1)
 
     with bertkern.backend(backend):
-        check(case, dtype, run, q, k, v, dout, dlse)
+        hold_in_most_draws(
+            lambda draw: check(
+                case, dtype, run, *random_inputs(case, dtype, device, seed=2 * draw + 1)
+            )
+        )
 
 
 @pytest.mark.usefixtures("nan_filled_memory")
