@@ -1,7 +1,7 @@
 """The table of cases of the ops: shapes, peers, and what the mathematics costs.
 
     B batch, S sequence, T total tokens, H heads, D head dim
-    N tokens, C columns, K and F input and hidden columns of the FFN
+    N tokens, C columns, K and F input and hidden columns of the FFN, V words of the vocabulary
 
 FLOPs: a product of [m, k] by [k, n] is 2 m k n. Attention's backward counts its five products (one
 recomputes the scores), as the papers do. Bytes: every tensor that must be read or written, once, in
@@ -18,7 +18,7 @@ from torch import Tensor
 import bertkern
 
 HEADS, HEAD_DIM = 12, 64  # BERT-base
-HIDDEN, FFN_HIDDEN = 768, 3072
+HIDDEN, FFN_HIDDEN, VOCABULARY = 768, 3072, 30522
 LAYER_NORM_EPS = 1e-12
 
 
@@ -221,6 +221,40 @@ def ffn(rows: int, dtype: torch.dtype) -> Case:
     )
 
 
+def linear_cross_entropy(rows: int, dtype: torch.dtype) -> Case:
+    """Mean loss of a masked-LM head: each of the rows predicts one of BERT's words."""
+    targets = torch.randint(VOCABULARY, (rows,), generator=torch.Generator().manual_seed(0))
+    on_device: dict[torch.device, Tensor] = {}
+
+    def target(x: Tensor) -> Tensor:
+        return on_device.setdefault(x.device, targets.to(x.device))
+
+    def own(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return bertkern.linear_cross_entropy(x, w, b, target(x))
+
+    def torch_loss(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        logits = F.linear(x, w, b)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, target(x))
+
+    size = torch.empty((), dtype=dtype).element_size()
+    product = 2.0 * rows * HIDDEN * VOCABULARY
+    x, w = rows * HIDDEN, HIDDEN * VOCABULARY
+    return Case(
+        op="linear_cross_entropy",
+        shape={"N": rows, "K": HIDDEN, "V": VOCABULARY},
+        dtype=dtype,
+        inputs=scaled((rows, HIDDEN), (VOCABULARY, HIDDEN), (VOCABULARY,)),
+        plain=torch_loss,
+        peers={"bertkern": Peer(own), "torch": Peer(torch_loss)},
+        flops={"forward": product, "forward+backward": 3 * product},
+        bytes={
+            "forward": float(size * (x + w)),
+            "forward+backward": float(size * 3 * (x + w)),
+        },
+    )
+
+
 def scaled(*shapes: Sequence[int]) -> Callable[[], list[Tensor]]:
     """As `random`, with weights of size 1/sqrt(fan in), so that activations stay of size 1."""
     make = random(*shapes)
@@ -250,3 +284,4 @@ def ops(device: torch.device, dtype: torch.dtype, quick: bool = False) -> Iterat
     yield dropout_add_layer_norm(tokens, HIDDEN, dtype)
     yield linear_gelu(tokens, dtype)
     yield ffn(tokens, dtype)
+    yield linear_cross_entropy(tokens // 8, dtype)  # 1 in 8 words is masked

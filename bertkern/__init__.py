@@ -9,24 +9,30 @@ from ._version import __version__
 from .info import info
 from .ops import (
     attention,
+    attention_decode,
     attention_varlen,
     backend,
     dropout_add_layer_norm,
+    embedding_layer_norm,
     ffn,
     layer_norm,
     linear,
+    linear_cross_entropy,
     scaled_dot_product_attention,
 )
 
 __all__ = [
     "__version__",
     "attention",
+    "attention_decode",
     "attention_varlen",
     "backend",
     "dropout_add_layer_norm",
+    "embedding_layer_norm",
     "ffn",
     "info",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "scaled_dot_product_attention",
 ]

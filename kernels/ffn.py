@@ -11,12 +11,14 @@ w1ᵀ + b1 [M, F], h = act(z).
               dw2 = dropout'(dy)ᵀ h,  db2 = sum dropout'(dy)            one product
               dx = dz w1                                                one product
               dw1 = dzᵀ x,  db1 = sum dz                                one product
-Only x and z are kept for the backward: h is recomputed from z where z is read anyway.
+Only x and z are kept for the backward: h is recomputed from z where z is read anyway. Without
+save_preact x alone is kept, and the backward begins with z = x w1ᵀ + b1, the same bits, one product
+more.
 """
 
 import torch
 
-from .linear import bwd_input, bwd_weight, linear_fwd, unit_stride
+from .linear import bwd_input, bwd_weight, linear_fwd, preactivation, unit_stride
 
 
 def ffn_fwd(
@@ -29,11 +31,10 @@ def ffn_fwd(
     dropout_p: float,
     dropout_seed: torch.Tensor | None,
     dropout_rows: torch.Tensor | None,
+    save_preact: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y [M, C], z [M, F])."""
-    h, z = linear_fwd(x, w1, b1, None, activation, 0.0, None, None, True)
-    if not activation:
-        z = h
+    """(y [M, C], z [M, F], empty [0] unless save_preact)."""
+    h, z = linear_fwd(x, w1, b1, None, activation, 0.0, None, None, save_preact)
     y, _ = linear_fwd(h, w2, b2, None, "", dropout_p, dropout_seed, dropout_rows, False)
     return y, z
 
@@ -51,8 +52,10 @@ def ffn_bwd(
     dropout_seed: torch.Tensor | None,
     dropout_rows: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """(dx, dw1, db1, dw2, db2); db1, db2 are None without b1, b2."""
+    """(dx, dw1, db1, dw2, db2); db1, db2 are None without b1, b2. z is empty [0] where it was not
+    saved."""
     dy = unit_stride(dy)
+    z = preactivation(x, w1, b1, z)
     dropout = (dropout_p, dropout_seed, dropout_rows)
     dz, h = bwd_input(dy, w2, None, "", *dropout, z_prev=z, previous=activation)
     dw2, db2 = bwd_weight(dy, h, w2, b2, None, "", *dropout)

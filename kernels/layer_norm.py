@@ -6,8 +6,9 @@
 
 Legend: R rows of a tile, C columns; x, y, z [rows, cols]; z = residual + dropout(x), stored in x's
 dtype and read back by the backward, so the statistics are those of the stored, rounded z.
-Statistics and sums are fp32; the variance is centred (two passes), so a mean much larger than the
-deviation costs no digits.
+Statistics and sums are fp32, and a mean much larger than the deviation costs no digits: the
+variance is that of the deviations from the mean, and what the rounding of the mean leaves behind is
+the mean of those deviations, which is taken off them again.
 
 Rows up to tuning.LAYER_NORM_MAX_BLOCK columns are held in registers and read once. Wider rows are
 read in pieces, once for each pass over them. A program's writes are read back by other threads of
@@ -32,7 +33,7 @@ from .dropout import hidden_keep_mask, threshold_and_scale
 
 
 @triton.jit
-def _load(ptr, stride, rows, cols, inside):
+def load_tile(ptr, stride, rows, cols, inside):
     """A tile [R, C] in fp32, 0 outside."""
     return tl.load(ptr + rows[:, None] * stride + cols[None, :], mask=inside, other=0.0).to(
         tl.float32
@@ -40,7 +41,8 @@ def _load(ptr, stride, rows, cols, inside):
 
 
 @triton.jit
-def _store(ptr, stride, tile, rows, cols, inside):
+def store_tile(ptr, stride, tile, rows, cols, inside):
+    """A tile [R, C] from fp32, rounded to the memory's dtype."""
     tl.store(
         ptr + rows[:, None] * stride + cols[None, :], tile.to(ptr.dtype.element_ty), mask=inside
     )
@@ -54,28 +56,50 @@ def _load_input(
 ):  # fmt: skip
     """What is normalised: x, or z = residual + dropout(x), which is stored and rounded to its
     dtype."""
-    x_RC = _load(x_ptr, stride_x, rows, cols, inside)
+    x_RC = load_tile(x_ptr, stride_x, rows, cols, inside)
     if DROPOUT:
         keep = hidden_keep_mask(
             seed_ptr, dropout_rows_ptr, rows, rows_total, cols, threshold, DROPOUT_ROWS
         )
         x_RC = tl.where(keep, x_RC * keep_scale, 0.0)
     if ADD:
-        x_RC += _load(residual_ptr, stride_residual, rows, cols, inside)
+        x_RC += load_tile(residual_ptr, stride_residual, rows, cols, inside)
         x_RC = x_RC.to(z_ptr.dtype.element_ty).to(tl.float32)
-        _store(z_ptr, stride_z, x_RC, rows, cols, inside)
+        store_tile(z_ptr, stride_z, x_RC, rows, cols, inside)
     return x_RC
 
 
 @triton.jit
-def _store_output(y_ptr, stride_y, weight_ptr, bias_ptr, xhat_RC, rows, cols, inside, in_row,
-                  WEIGHT: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
+def left_and_rstd(left_R, square_R, cols_total, eps):
+    """(mean of the deviations, 1 / sqrt(var + eps)) from the sums of deviations and squares."""
+    left_R = left_R / cols_total
+    var_R = square_R / cols_total - left_R * left_R
+    # A row of one value leaves rounding, of either sign. A NaN stays.
+    return left_R, 1 / tl.sqrt_rn(tl.where(var_R < 0, 0.0, var_R) + eps)
+
+
+@triton.jit
+def normalise(x_RC, in_row, cols_total, eps):
+    """(x̂, mean, rstd) of whole rows."""
+    mean_R = tl.sum(x_RC, 1) / cols_total
+    # Columns past the end hold 0, whose deviation is -mean: they must not enter the variance.
+    centred_RC = tl.where(in_row[None, :], x_RC - mean_R[:, None], 0.0)
+    left_R, rstd_R = left_and_rstd(
+        tl.sum(centred_RC, 1), tl.sum(centred_RC * centred_RC, 1), cols_total, eps
+    )
+    xhat_RC = centred_RC * rstd_R[:, None] - (left_R * rstd_R)[:, None]
+    return xhat_RC, mean_R + left_R, rstd_R
+
+
+@triton.jit
+def affine(xhat_RC, weight_ptr, bias_ptr, cols, in_row, WEIGHT: tl.constexpr, BIAS: tl.constexpr):
+    """x̂ * weight + bias."""
     y_RC = xhat_RC
     if WEIGHT:
         y_RC *= tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(tl.float32)[None, :]
     if BIAS:
         y_RC += tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    _store(y_ptr, stride_y, y_RC, rows, cols, inside)
+    return y_RC
 
 
 @triton.jit(do_not_specialize=["rows_total", "threshold"])
@@ -99,13 +123,9 @@ def layer_norm_fwd_kernel(
             stride_z,
             rows, rows_total, cols, inside, threshold, keep_scale, ADD, DROPOUT,
             DROPOUT_ROWS)  # fmt: skip
-        mean_R = tl.sum(x_RC, 1) / cols_total
-        # Columns past the end hold 0, whose deviation is -mean: they must not enter the variance.
-        centred_RC = tl.where(in_row[None, :], x_RC - mean_R[:, None], 0.0)
-        rstd_R = 1 / tl.sqrt_rn(tl.sum(centred_RC * centred_RC, 1) / cols_total + eps)
-        _store_output(y_ptr, stride_y, weight_ptr, bias_ptr, centred_RC * rstd_R[:, None], rows,
-                      cols, inside, in_row,
-                      WEIGHT, BIAS)  # fmt: skip
+        xhat_RC, mean_R, rstd_R = normalise(x_RC, in_row, cols_total, eps)
+        y_RC = affine(xhat_RC, weight_ptr, bias_ptr, cols, in_row, WEIGHT, BIAS)
+        store_tile(y_ptr, stride_y, y_RC, rows, cols, inside)
     else:
         sum_RC = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         for start in range(0, cols_total, BLOCK_C):
@@ -122,32 +142,26 @@ def layer_norm_fwd_kernel(
             tl.debug_barrier()  # z was written by other threads of this program
             source_ptr, stride_source = z_ptr, stride_z
         sum_RC = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+        square_RC = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         for start in range(0, cols_total, BLOCK_C):
             piece = start + cols
             in_row = piece < cols_total
-            x_RC = _load(source_ptr, stride_source, rows, piece, in_col[:, None] & in_row[None, :])
+            x_RC = load_tile(
+                source_ptr, stride_source, rows, piece, in_col[:, None] & in_row[None, :]
+            )
             centred_RC = tl.where(in_row[None, :], x_RC - mean_R[:, None], 0.0)
-            sum_RC += centred_RC * centred_RC
-        rstd_R = 1 / tl.sqrt_rn(tl.sum(sum_RC, 1) / cols_total + eps)
+            sum_RC += centred_RC
+            square_RC += centred_RC * centred_RC
+        left_R, rstd_R = left_and_rstd(tl.sum(sum_RC, 1), tl.sum(square_RC, 1), cols_total, eps)
         for start in range(0, cols_total, BLOCK_C):
             piece = start + cols
             in_row = piece < cols_total
             inside = in_col[:, None] & in_row[None, :]
-            x_RC = _load(source_ptr, stride_source, rows, piece, inside)
-            xhat_RC = (x_RC - mean_R[:, None]) * rstd_R[:, None]
-            _store_output(
-                y_ptr,
-                stride_y,
-                weight_ptr,
-                bias_ptr,
-                xhat_RC,
-                rows,
-                piece,
-                inside,
-                in_row,
-                WEIGHT,
-                BIAS,
-            )
+            x_RC = load_tile(source_ptr, stride_source, rows, piece, inside)
+            xhat_RC = ((x_RC - mean_R[:, None]) - left_R[:, None]) * rstd_R[:, None]
+            y_RC = affine(xhat_RC, weight_ptr, bias_ptr, piece, in_row, WEIGHT, BIAS)
+            store_tile(y_ptr, stride_y, y_RC, rows, piece, inside)
+        mean_R += left_R
     tl.store(mean_ptr + rows, mean_R, mask=in_col)
     tl.store(rstd_ptr + rows, rstd_R, mask=in_col)
 
@@ -157,8 +171,8 @@ def _load_normalised(dy_ptr, x_ptr, weight_ptr, stride_dy, stride_x, mean_R, rst
                      in_row, inside,
                      WEIGHT: tl.constexpr):  # fmt: skip
     """(dy, x̂, g = dy * weight) of a tile, all 0 outside."""
-    dy_RC = _load(dy_ptr, stride_dy, rows, cols, inside)
-    x_RC = _load(x_ptr, stride_x, rows, cols, inside)
+    dy_RC = load_tile(dy_ptr, stride_dy, rows, cols, inside)
+    x_RC = load_tile(x_ptr, stride_x, rows, cols, inside)
     xhat_RC = tl.where(inside, (x_RC - mean_R[:, None]) * rstd_R[:, None], 0.0)
     g_RC = dy_RC
     if WEIGHT:
@@ -174,19 +188,19 @@ def _store_input_grad(
 ):  # fmt: skip
     """dz = dx (+ dz); dresidual = dz; dx = dropout'(dz)."""
     if DZ:
-        dx_RC += _load(dz_ptr, stride_dz, rows, cols, inside)
+        dx_RC += load_tile(dz_ptr, stride_dz, rows, cols, inside)
     if ADD:
-        _store(dresidual_ptr, stride_dresidual, dx_RC, rows, cols, inside)
+        store_tile(dresidual_ptr, stride_dresidual, dx_RC, rows, cols, inside)
     if DROPOUT:
         keep = hidden_keep_mask(
             seed_ptr, dropout_rows_ptr, rows, rows_total, cols, threshold, DROPOUT_ROWS
         )
         dx_RC = tl.where(keep, dx_RC * keep_scale, 0.0)
-    _store(dx_ptr, stride_dx, dx_RC, rows, cols, inside)
+    store_tile(dx_ptr, stride_dx, dx_RC, rows, cols, inside)
 
 
 @triton.jit
-def _add_to(ptr, cols, value, in_row):
+def add_to(ptr, cols, value, in_row):
     """ptr[cols] += value, of memory that only this program touches."""
     tl.store(ptr + cols, tl.load(ptr + cols, mask=in_row, other=0.0) + value, mask=in_row)
 
@@ -225,19 +239,8 @@ def layer_norm_bwd_kernel(
             mean_R = tl.load(mean_ptr + rows, mask=in_col, other=0.0)
             rstd_R = tl.load(rstd_ptr + rows, mask=in_col, other=0.0)
             dy_RC, xhat_RC, g_RC = _load_normalised(
-                dy_ptr,
-                x_ptr,
-                weight_ptr,
-                stride_dy,
-                stride_x,
-                mean_R,
-                rstd_R,
-                rows,
-                cols,
-                in_row,
-                inside,
-                WEIGHT,
-            )
+                dy_ptr, x_ptr, weight_ptr, stride_dy, stride_x, mean_R, rstd_R, rows, cols, in_row,
+                inside, WEIGHT)  # fmt: skip
             if WEIGHT:
                 dweight_RC += dy_RC * xhat_RC
             if BIAS:
@@ -267,25 +270,14 @@ def layer_norm_bwd_kernel(
                 in_row = piece < cols_total
                 inside = in_col[:, None] & in_row[None, :]
                 dy_RC, xhat_RC, g_RC = _load_normalised(
-                    dy_ptr,
-                    x_ptr,
-                    weight_ptr,
-                    stride_dy,
-                    stride_x,
-                    mean_R,
-                    rstd_R,
-                    rows,
-                    piece,
-                    in_row,
-                    inside,
-                    WEIGHT,
-                )
+                    dy_ptr, x_ptr, weight_ptr, stride_dy, stride_x, mean_R, rstd_R, rows,
+                    piece, in_row, inside, WEIGHT)  # fmt: skip
                 sum_g_RC += g_RC
                 sum_gx_RC += g_RC * xhat_RC
                 if WEIGHT:
-                    _add_to(dweight_ptr, piece, tl.sum(dy_RC * xhat_RC, 0), in_row)
+                    add_to(dweight_ptr, piece, tl.sum(dy_RC * xhat_RC, 0), in_row)
                 if BIAS:
-                    _add_to(dbias_ptr, piece, tl.sum(dy_RC, 0), in_row)
+                    add_to(dbias_ptr, piece, tl.sum(dy_RC, 0), in_row)
             mean_g_R = tl.sum(sum_g_RC, 1) / cols_total
             mean_gx_R = tl.sum(sum_gx_RC, 1) / cols_total
             for start in range(0, cols_total, BLOCK_C):
@@ -293,19 +285,8 @@ def layer_norm_bwd_kernel(
                 in_row = piece < cols_total
                 inside = in_col[:, None] & in_row[None, :]
                 dy_RC, xhat_RC, g_RC = _load_normalised(
-                    dy_ptr,
-                    x_ptr,
-                    weight_ptr,
-                    stride_dy,
-                    stride_x,
-                    mean_R,
-                    rstd_R,
-                    rows,
-                    piece,
-                    in_row,
-                    inside,
-                    WEIGHT,
-                )
+                    dy_ptr, x_ptr, weight_ptr, stride_dy, stride_x, mean_R, rstd_R, rows,
+                    piece, in_row, inside, WEIGHT)  # fmt: skip
                 dx_RC = (g_RC - mean_g_R[:, None] - xhat_RC * mean_gx_R[:, None]) * rstd_R[:, None]
                 _store_input_grad(
                     dx_RC, dz_ptr, dx_ptr, dresidual_ptr, seed_ptr, dropout_rows_ptr, stride_dz,
@@ -324,7 +305,7 @@ def sum_partials_kernel(
     sum_RC = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for start in range(0, partials, BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R).to(tl.int64)
-        sum_RC += _load(
+        sum_RC += load_tile(
             partial_ptr, cols_total, rows, cols, (rows < partials)[:, None] & in_row[None, :]
         )
     tl.store(total_ptr + cols, tl.sum(sum_RC, 0).to(total_ptr.dtype.element_ty), mask=in_row)
@@ -354,7 +335,7 @@ def _forward(x, residual, weight, bias, dropout_p, eps, dropout_seed, dropout_ro
     return y, z, mean, rstd
 
 
-def _sum_partials(partial: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def sum_partials(partial: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """[partials, cols] fp32 -> [cols] in the dtype of `like`."""
     partials, cols = partial.shape
     total = torch.empty(cols, dtype=like.dtype, device=like.device)
@@ -404,8 +385,8 @@ def _backward(dy, dz, x, weight, bias, mean, rstd, add, dropout_p, dropout_seed,
             DROPOUT_ROWS=dropout_rows is not None, BLOCK_R=tile.block_r, BLOCK_C=tile.block_c,
             WHOLE=whole, num_warps=tile.warps,
         )  # fmt: skip
-        dweight = None if weight is None else _sum_partials(dweight, weight)
-        dbias = None if bias is None else _sum_partials(dbias, bias)
+        dweight = None if weight is None else sum_partials(dweight, weight)
+        dbias = None if bias is None else sum_partials(dbias, bias)
     return dx, dresidual, dweight, dbias
 
 

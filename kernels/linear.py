@@ -61,7 +61,7 @@ def activate_both(g, z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _tile_of(pid, row_blocks, col_blocks, GROUP: tl.constexpr):
+def tile_of(pid, row_blocks, col_blocks, GROUP: tl.constexpr):
     """(row block, column block): GROUP row blocks share one pass over the columns."""
     per_group = GROUP * col_blocks
     first = pid // per_group * GROUP
@@ -71,7 +71,7 @@ def _tile_of(pid, row_blocks, col_blocks, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _load(ptrs, mask, MASKED: tl.constexpr):
+def load_tile(ptrs, mask, MASKED: tl.constexpr):
     """A tile, 0 outside the mask."""
     if MASKED:
         return tl.load(ptrs, mask=mask, other=0.0)
@@ -84,14 +84,14 @@ def _load_dz(dy_ptrs, z_ptrs, mask, row_a, row_b, row_names, cols, threshold, ke
              ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """dz = dropout'(dy) * act'(z) of a tile [M, N]; in dy's dtype where there is nothing to
     compute."""
-    dz = _load(dy_ptrs, mask, MASKED)
+    dz = load_tile(dy_ptrs, mask, MASKED)
     if DROPOUT:
         keep = keep_mask(
             row_a[:, None], row_b[:, None], row_names[:, None], cols[None, :], threshold
         )
         dz = tl.where(keep, dz.to(tl.float32) * keep_scale, 0.0)
     if ACTIVATION != "":
-        z = _load(z_ptrs, mask, MASKED).to(tl.float32)
+        z = load_tile(z_ptrs, mask, MASKED).to(tl.float32)
         _, dz = activate_both(dz.to(tl.float32), z, ACTIVATION)
     return dz
 
@@ -106,7 +106,7 @@ def linear_fwd_kernel(
 ):  # fmt: skip
     """One tile [BLOCK_M tokens, BLOCK_N outputs] of y, and of z if SAVE_Z. EVEN: K is a multiple of
     BLOCK_K."""
-    row_block, col_block = _tile_of(
+    row_block, col_block = tile_of(
         tl.program_id(0), tl.cdiv(tokens, BLOCK_M), tl.cdiv(outs, BLOCK_N), GROUP
     )
     rows = row_block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -117,8 +117,8 @@ def linear_fwd_kernel(
     acc_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, ins, BLOCK_K):
         inside = (ks < ins - start)[None, :]
-        x_MK = _load(x_ptrs, inside, not EVEN)
-        w_NK = _load(w_ptrs, inside, not EVEN)
+        x_MK = load_tile(x_ptrs, inside, not EVEN)
+        w_NK = load_tile(w_ptrs, inside, not EVEN)
         acc_MN = tl.dot(x_MK, tl.trans(w_NK), acc_MN, input_precision=PRECISION)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
@@ -158,7 +158,7 @@ def linear_bwd_input_kernel(
     dz of the layer before, and h, which its weight gradient needs. z_prev and h share the strides
     of dx.
     """
-    row_block, col_block = _tile_of(
+    row_block, col_block = tile_of(
         tl.program_id(0), tl.cdiv(tokens, BLOCK_M), tl.cdiv(ins, BLOCK_K), GROUP
     )
     rows = row_block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -257,8 +257,8 @@ def linear_bwd_weight_kernel(
 ):  # fmt: skip
     """One tile [BLOCK_N outputs, BLOCK_K inputs] of dw = dzᵀ x; the first tile of each row of tiles
     also sums db."""
-    row_block, col_block = _tile_of(
-        tl.program_id(0), tl.cdiv(outs, BLOCK_N), tl.cdiv(ins, BLOCK_K), GROUP
+    row_block, col_block = tile_of(
+        tl.program_id(0), tl.cdiv(outs, BLOCK_N), tl.maximum(tl.cdiv(ins, BLOCK_K), 1), GROUP
     )
     rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = col_block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -337,11 +337,16 @@ def bwd_weight(
     dropout_p: float,
     dropout_seed: torch.Tensor | None,
     dropout_rows: torch.Tensor | None,
+    out: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(dw [N, K] in w's dtype, db [N] in b's dtype or None). No tokens: zeros."""
+    """(dw [N, K] in w's dtype, db [N] in b's dtype or None); contiguous, in `out` if given. No
+    tokens: zeros."""
     (tokens, outs), ins = dy.shape, x.shape[1]
-    dw = torch.empty((outs, ins), dtype=w.dtype, device=w.device)
-    db = None if b is None else torch.empty_like(b, memory_format=torch.contiguous_format)
+    if out is None:
+        dw = torch.empty((outs, ins), dtype=w.dtype, device=w.device)
+        db = None if b is None else torch.empty_like(b, memory_format=torch.contiguous_format)
+    else:
+        dw, db = out
     tile = tuning.gemm("bwd_weight", dy.element_size(), architecture(dy))
     threshold, keep_scale = threshold_and_scale(dropout_p)
     # At least one column of tiles: without input features there is still db.
@@ -399,6 +404,16 @@ def linear_fwd(
     return y, z
 
 
+def preactivation(
+    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, z: torch.Tensor
+) -> torch.Tensor:
+    """z [M, N] as saved; x wᵀ + b where it was not (z is empty [0]), by the same tiles and so the
+    same bits."""
+    if z.dim() == 2:
+        return z
+    return linear_fwd(x, w, b, None, "", 0.0, None, None, False)[0]
+
+
 def linear_bwd(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -410,9 +425,11 @@ def linear_bwd(
     dropout_seed: torch.Tensor | None,
     dropout_rows: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(dx, dw, db) of y = dropout(act(x wᵀ + b)); db is None without b. z is the saved
-    pre-activation."""
+    """(dx, dw, db) of y = dropout(act(x wᵀ + b)); db is None without b. z is the pre-activation,
+    empty [0] where it was not saved."""
     dy = unit_stride(dy)
+    if activation:
+        z = preactivation(x, w, b, z)
     hidden = (activation, dropout_p, dropout_seed, dropout_rows)
     dx, _ = bwd_input(dy, w, z, *hidden)
     dw, db = bwd_weight(dy, x, w, b, z, *hidden)

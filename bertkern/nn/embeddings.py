@@ -14,7 +14,7 @@ from .layout import TokenLayout
 
 
 class BertEmbeddings(nn.Module):
-    """The three embedding tables, their sum normalised.
+    """The three embedding tables, their sum normalised: `bertkern.embedding_layer_norm`.
 
     Args:
         vocab_size, max_positions, num_types: rows of the word, position and type tables.
@@ -50,10 +50,19 @@ class BertEmbeddings(nn.Module):
         dropout_seed: Tensor | None = None,
     ) -> Tensor:
         """Three times integer [T] -> [T, hidden]; token_type_ids None means type 0 everywhere."""
-        types = (
-            self.token_type.weight[0] if token_type_ids is None else self.token_type(token_type_ids)
+        drops = self.training and self.dropout > 0.0
+        return ops.embedding_layer_norm(
+            input_ids,
+            position_ids,
+            token_type_ids,
+            self.word.weight,
+            self.position.weight,
+            self.token_type.weight,
+            self.norm.weight,
+            self.norm.bias,
+            self.norm.eps,
+            self.dropout if drops else 0.0,
+            dropout_seed,
+            dropout_rows=layout.rows,
+            padding_idx=self.word.padding_idx,
         )
-        y = self.norm(self.word(input_ids) + self.position(position_ids) + types)
-        if self.training and self.dropout > 0.0:
-            y = ops.dropout(y, self.dropout, dropout_seed, dropout_rows=layout.rows)
-        return y

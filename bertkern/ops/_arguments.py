@@ -18,6 +18,24 @@ def check_tensor(op: str, name: str, value: object) -> None:
         )
 
 
+def alike(first: object, *others: object) -> bool:
+    """Whether all are tensors of one dtype that the ops compute in, on one device; others may be
+    None.
+
+    The usual case in one step; where it is False, the checks below find out what is wrong, if
+    anything is.
+    """
+    if not isinstance(first, Tensor) or first.dtype not in FLOATS:
+        return False
+    dtype, device = first.dtype, first.device
+    for other in others:
+        if other is not None and (
+            not isinstance(other, Tensor) or other.dtype != dtype or other.device != device
+        ):
+            return False
+    return True
+
+
 def check_same(op: str, first_name: str, first: Tensor, **others: Tensor | None) -> None:
     """The tensors share the first one's dtype (TypeError) and device (ValueError)."""
     for name, tensor in others.items():
@@ -118,13 +136,17 @@ def check_dropout_rows(op: str, x: Tensor, rows: int, dropout_rows: Tensor | Non
     return dropout_rows.contiguous()
 
 
-def to_autocast_dtype(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def to_autocast_dtype(first: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors cast as `torch.autocast` asks of a matrix product on their device, or as they
     are."""
-    device_type = next(t.device.type for t in tensors if t is not None)
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(
-        device_type
-    ):
+    tensors = (first, *others)
+    if first.is_cuda or first.is_cpu:  # asked first because `device.type` makes a string
+        device_type = "cuda" if first.is_cuda else "cpu"
+    else:
+        device_type = first.device.type
+        if not torch.amp.is_autocast_available(device_type):
+            return tensors
+    if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
@@ -138,8 +160,19 @@ def unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
+def vector(parameter: Tensor | None) -> Tensor | None:
+    """A weight or bias [n] as the kernels read it: with unit stride; None stays None."""
+    return None if parameter is None else unit_last_stride(parameter)
+
+
 def as_rows(x: Tensor) -> Tensor:
     """[..., columns] -> [rows, columns] with unit last stride, without a copy where strides
     allow."""
-    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
-    return unit_last_stride(rows)
+    if x.dim() != 2:
+        x = x.flatten(0, -2) if x.dim() > 2 else x[None]
+    return unit_last_stride(x)
+
+
+def from_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """[rows, columns] -> [..., columns] with like's leading dimensions: `as_rows` undone."""
+    return rows if like.dim() == 2 else rows.reshape(*like.shape[:-1], rows.shape[-1])

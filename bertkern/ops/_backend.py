@@ -11,7 +11,7 @@ float64 is always the reference formula.
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -23,10 +23,23 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Ops of each backend. What is not here goes to the next backend in the order of `_PREFERENCE`.
 _LAYER_NORM_OPS = ("layer_norm", "dropout_add_layer_norm")
-_ALL_OPS = ("attention", "linear", "ffn", "dropout", *_LAYER_NORM_OPS)
+_PRODUCT_OPS = ("attention", "attention_decode", "linear", "ffn", "linear_cross_entropy")
+_ALL_OPS = (*_PRODUCT_OPS, "dropout", "embedding_layer_norm", *_LAYER_NORM_OPS)
 _OPS = {"cuda": _LAYER_NORM_OPS, "triton": _ALL_OPS, "cpu": _ALL_OPS, "reference": _ALL_OPS}
 _PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 _TRITON_MODULE = {"dropout_add_layer_norm": "layer_norm"}
+_CPU_MODULE = {
+    "attention_decode": "_cpu_attention_decode",
+    "embedding_layer_norm": "_cpu_embedding_layer_norm",
+    "ffn": "_cpu_linear",
+    "linear": "_cpu_linear",
+    "linear_cross_entropy": "_cpu_linear_cross_entropy",
+}
+# Options of an op that a backend's kernels do not have.
+_LACKS = {
+    ("cpu", "attention"): ("bias", "key_padding_mask", "window", "softcap", "grouped heads"),
+    ("cpu", "attention_decode"): ("bias", "window", "softcap", "grouped heads"),
+}
 _MAX_HEAD_DIM = 256
 _MAX_TRITON_COLUMNS = 65536
 
@@ -36,7 +49,8 @@ _forced: str | None = None  # process-wide: autograd runs backwards in threads o
 class backend:
     """Forces a backend inside a `with` block, for every thread of the process.
 
-    `BERTKERN_BACKEND` in the environment does the same for the whole process; the innermost wins.
+    `BERTKERN_BACKEND` in the environment, read at the first call of an op, does the same for the
+    whole process; the innermost wins.
 
     Args:
         name: "cuda", "triton", "cpu" or "reference".
@@ -69,8 +83,9 @@ class backend:
         _forced = self._outer.pop()
 
 
-def _forced_backend() -> str | None:
-    name = _forced or os.environ.get("BERTKERN_BACKEND") or None
+@functools.cache  # a look into os.environ costs as much as the rest of `implementation`
+def _environment_backend() -> str | None:
+    name = os.environ.get("BERTKERN_BACKEND") or None
     if name is not None and name not in BACKENDS:
         raise ValueError(f"BERTKERN_BACKEND={name!r}: allowed are {', '.join(BACKENDS)}")
     return name
@@ -120,30 +135,36 @@ def unusable(name: str, device_type: str) -> str | None:
     return extension.cuda_unusable()
 
 
-def _cannot(name: str, op: str, x: Tensor, head_dim: int, columns: int) -> str | None:
+def _cannot(
+    name: str,
+    op: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    head_dim: int,
+    columns: int,
+    options: Sequence[str],
+) -> str | None:
     """Why a backend cannot compute this call; None when it can."""
     if op not in _OPS[name]:
         return f"it has no {op} kernel"
-    reason = unusable(name, x.device.type)
+    for option in options:
+        if option in _LACKS.get((name, op), ()):
+            return f"its {op} has no {option}"
+    reason = unusable(name, device.type)
     if reason is not None:
         return reason
     if name == "reference":
         return None
     if head_dim > _MAX_HEAD_DIM:
         return f"its head dim is at most {_MAX_HEAD_DIM}, not {head_dim}"
-    if (
-        name == "triton"
-        and triton_interpreted()
-        and x.dtype == torch.bfloat16
-        and op in ("attention", "linear", "ffn")
-    ):
+    if name == "triton" and triton_interpreted() and dtype == torch.bfloat16 and op in _PRODUCT_OPS:
         return "the Triton interpreter multiplies bfloat16 wrongly in tl.dot"
     if name == "triton" and columns > _MAX_TRITON_COLUMNS:
         return f"its rows have at most {_MAX_TRITON_COLUMNS} columns, not {columns}"
     if name == "cuda":
         from . import _cuda
 
-        return _cuda.cannot_layer_norm(x, columns)
+        return _cuda.cannot_layer_norm(columns)
     return None
 
 
@@ -152,6 +173,8 @@ def _module(name: str, op: str) -> ModuleType:
         return importlib.import_module(f"bertkern.kernels.{_TRITON_MODULE.get(op, op)}")
     if name == "reference":
         return importlib.import_module(f"bertkern.reference.{_TRITON_MODULE.get(op, op)}")
+    if name == "cpu":
+        return importlib.import_module(f"bertkern.ops.{_CPU_MODULE.get(op, '_cpu')}")
     return importlib.import_module(f"bertkern.ops._{name}")
 
 
@@ -161,7 +184,13 @@ def _function(name: str, op: str, function: str) -> Callable[..., Any]:
 
 
 def implementation(
-    op: str, direction: str, x: Tensor, *, head_dim: int = 0, columns: int = 0
+    op: str,
+    direction: str,
+    x: Tensor,
+    *,
+    head_dim: int = 0,
+    columns: int = 0,
+    options: Sequence[str] = (),
 ) -> Callable[..., Any]:
     """The function that computes a call.
 
@@ -170,23 +199,38 @@ def implementation(
         direction: "_fwd", "_bwd", or "" for an op that is its own backward.
         x: a tensor with the call's device and dtype.
         head_dim, columns: the sizes that decide what a kernel can hold; 0 where they do not apply.
+        options: the call's options that some backend lacks (`_LACKS`).
 
     Raises:
         NotImplementedError: the forced backend cannot compute it; the message says why.
         ValueError: BERTKERN_BACKEND holds an unknown name.
     """
-    forced = _forced_backend()
+    forced = _forced or _environment_backend()
+    return _choose(op, direction, x.dtype, x.device, head_dim, columns, tuple(options), forced)
+
+
+@functools.lru_cache(maxsize=4096)  # the rules cost more host time than the rest of an op's call
+def _choose(
+    op: str,
+    direction: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    head_dim: int,
+    columns: int,
+    options: tuple[str, ...],
+    forced: str | None,
+) -> Callable[..., Any]:
     function = op + direction
-    if x.dtype not in KERNEL_DTYPES or x.device.type == "meta":
+    if dtype not in KERNEL_DTYPES or device.type == "meta":
         return _function("reference", op, function)
     if forced is not None:
-        reason = _cannot(forced, op, x, head_dim, columns)
+        reason = _cannot(forced, op, dtype, device, head_dim, columns, options)
         if reason is not None:
             raise NotImplementedError(
-                f"backend={forced!r} cannot compute {op} on {x.device.type} in {x.dtype}: {reason}"
+                f"backend={forced!r} cannot compute {op} on {device.type} in {dtype}: {reason}"
             )
         return _function(forced, op, function)
-    for name in _PREFERENCE.get(x.device.type, ("reference",)):
-        if _cannot(name, op, x, head_dim, columns) is None:
+    for name in _PREFERENCE.get(device.type, ("reference",)):
+        if _cannot(name, op, dtype, device, head_dim, columns, options) is None:
             return _function(name, op, function)
     raise AssertionError("the reference backend computes everything")

@@ -19,7 +19,7 @@ _DTYPES = {
 }
 
 
-def cannot_layer_norm(x: Tensor, columns: int) -> str | None:
+def cannot_layer_norm(columns: int) -> str | None:
     """Why the kernels cannot take rows of this many columns; None when they can."""
     most = _C.cuda_layer_norm_max_cols()
     if columns > most:

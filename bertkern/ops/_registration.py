@@ -1,15 +1,31 @@
-"""Registers ops with torch: schema, implementation, shapes (fake), autograd, and gradients of
-gradients.
+"""Registers ops with torch: schema, implementation, shapes (fake), autograd, gradients of
+gradients, and vmap.
 
-Uses `torch.library.Library` with `CompositeExplicitAutograd` implementations: the Python function
-sees plain tensors of any device and hands them to the backend that `_backend.implementation` names.
+An op is three layers, each the cheapest that torch accepts (`benchmarks/overhead.py` measures
+them):
+
+1. `CompositeExplicitAutograd`: the Python function sees plain tensors of any device and hands them
+   to the backend that `_backend.implementation` names.
+2. `Autograd`: an `autograd.Function` that calls the op again below autograd. This is what
+   `torch.library.register_autograd` does in twice the host time, with a function that `torch.func`
+   transforms refuse and tangents of forward mode pass by unseen.
+3. The callable that `define` returns. Where nothing stands above autograd in the dispatcher, it
+   enters layer 2 directly and saves one way through the dispatcher and back into Python.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+from ._vmap import Fold, vmap_rule
+
+# torch names without a promise, all here: the three imports above that begin with `_` and
+# `forward_ad._current_level`. torch.library and torch.autograd.Function use the same.
 
 NAMESPACE = "bertkern"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -22,24 +38,118 @@ def define(
     *,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    fold: Fold | None = None,
 ) -> Callable[..., Any]:
-    """Defines `bertkern::name` from its schema and returns the callable op.
+    """Defines `bertkern::name` from its schema and returns its fastest callable.
 
     Args:
-        schema: "name(Tensor x, ...) -> (Tensor, ...)".
+        schema: "name(Tensor x, ...) -> (Tensor, ...)", without defaults, keyword-only arguments and
+            lists of tensors.
         implementation: computes it; must neither alias nor mutate its inputs.
         fake: the same signature, returns empty tensors of the right shape, dtype and device.
-        setup_context, backward: as `torch.library.register_autograd` takes them.
+        setup_context, backward: as `torch.library.register_autograd` takes them; without them, to
+            ask for a gradient raises.
+        fold: how vmap folds its dimension into the first one of the arguments; None computes the
+            samples one after the other.
     """
+    if setup_context is None or backward is None:
+        setup_context, backward = _save_nothing, _refuse_gradient
+    op, record = _register(schema, implementation, fake, setup_context, backward, fold)
+    tensors = _tensor_positions(schema)
+
+    def call(*inputs: Any) -> Any:
+        # Tracing wants the op itself, and transforms stand above autograd.
+        if torch.compiler.is_compiling() or _are_functorch_transforms_active():
+            return op(*inputs)
+        if _needs_node(inputs, tensors):
+            return record(*inputs)
+        with _AutoDispatchBelowAutograd():
+            return op(*inputs)
+
+    return call
+
+
+def _arguments(schema: str) -> list[tuple[str, str]]:
+    """(type, name) of each argument."""
+    inside = schema[schema.index("(") + 1 : schema.index(") ->")]
+    # The dispatcher leaves out arguments that equal their default; autograd does not look in lists.
+    if any(mark in inside for mark in ("=", "*", "[")):
+        raise ValueError(f"{schema}: no defaults, no keyword-only arguments, no lists")
+    return [tuple(argument.split()) for argument in inside.split(",")]  # type: ignore[misc]
+
+
+def _tensor_positions(schema: str) -> list[int]:
+    return [i for i, (kind, _) in enumerate(_arguments(schema)) if kind.startswith("Tensor")]
+
+
+def _needs_node(inputs: tuple[Any, ...], tensors: Sequence[int]) -> bool:
+    """Whether a call must enter the autograd graph."""
+    if torch.is_grad_enabled():
+        for i in tensors:
+            tensor = inputs[i]
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return forward_ad._current_level >= 0  # the node refuses a tangent; below, it would be dropped
+
+
+def _register(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    fold: Fold | None,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Layers 1 and 2: (the op, its call as a node of the autograd graph)."""
     name = schema[: schema.index("(")]
+    names = [argument for _, argument in _arguments(schema)]
+    tensors = _tensor_positions(schema)
+    qualified = f"{NAMESPACE}::{name}"
     _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(
-            f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library
-        )
-    return getattr(torch.ops.bertkern, name).default
+    torch.library.register_fake(qualified, fake, lib=_library)
+    op = getattr(torch.ops.bertkern, name).default
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        if _are_functorch_transforms_active():
+            # A node is made with gradients off; the transforms outside this one record theirs.
+            with torch.enable_grad(), _AutoDispatchBelowAutograd():
+                output = op(*inputs)
+        else:
+            with _AutoDispatchBelowAutograd():
+                output = op(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    function = type(
+        f"{name}_autograd",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+    )
+    # Function.apply looks for active transforms first, which the dispatcher has dealt with here.
+    # Its base class is the node alone.
+    record = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def autograd(*inputs: Any) -> Any:
+        if not _needs_node(inputs, tensors):
+            with _AutoDispatchBelowAutograd():
+                return op(*inputs)
+        if _are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return record(*inputs)
+        return record(*inputs)
+
+    _library.impl(name, autograd, "Autograd")
+    torch.library.register_vmap(qualified, vmap_rule(op, names, fold), lib=_library)
+    return op, record
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _refuse_gradient(ctx: Any, *grads: Tensor) -> Any:
+    raise NotImplementedError(f"bertkern: {ctx.name()} has no gradient; call it under no_grad")
 
 
 def define_backward(
@@ -47,55 +157,64 @@ def define_backward(
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     formula: Callable[..., Any],
+    *,
+    fold: Fold | None = None,
 ) -> Callable[..., Any]:
     """Defines a backward op whose own gradients go through a differentiable formula.
 
     Args:
+        schema, implementation, fake, fold: as in `define`.
         formula: the same signature in plain PyTorch (from `bertkern/reference/`); it may return
-            None
-            where the op returns an empty tensor.
+            None where the op returns an empty tensor.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
         ctx.constants = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.save_for_backward(*[value for value in inputs if isinstance(value, Tensor)])
+        ctx.tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
+        ctx.save_for_backward(*[inputs[i] for i in ctx.tensors])
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        with torch.enable_grad():
-            # Fresh views: where one input was computed from another, only the direct path counts
-            # here.
-            inputs = [
-                _fresh_view(next(saved)) if is_tensor else constant
-                for is_tensor, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
-            ]
-            outputs = formula(*inputs)
-        pairs = [
-            (output, grad)
-            for output, grad in zip(outputs, grads, strict=True)
-            if output is not None and grad is not None and output.requires_grad
-        ]
-        wanted = [i for i, value in enumerate(inputs) if ctx.needs_input_grad[i]]
+        inputs = list(ctx.constants)
+        for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+            inputs[i] = tensor
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        given = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
         result: list[Tensor | None] = [None] * len(inputs)
-        if pairs and wanted:
-            found = torch.autograd.grad(
-                [output for output, _ in pairs],
-                [inputs[i] for i in wanted],
-                [grad for _, grad in pairs],
-                create_graph=torch.is_grad_enabled(),
-                allow_unused=True,
-            )
-            for i, grad in zip(wanted, found, strict=True):
-                result[i] = grad
+        if not given:
+            return tuple(result)
+
+        def outputs_of(*values: Tensor) -> list[Tensor]:
+            changed = list(inputs)
+            for i, value in zip(wanted, values, strict=True):
+                changed[i] = value
+            outputs = formula(*changed)
+            return [torch.zeros_like(g) if outputs[i] is None else outputs[i] for i, g in given]
+
+        # torch.func, not torch.autograd.grad: where one input was computed from another only the
+        # direct path counts, and inside a transform's own backward nothing else is allowed.
+        pullback = torch.func.vjp(outputs_of, *[inputs[i] for i in wanted])[1]
+        for i, grad in zip(wanted, pullback([grad for _, grad in given]), strict=True):
+            result[i] = grad
         return tuple(result)
 
-    return define(schema, implementation, fake, setup_context=setup_context, backward=backward)
+    op, record = _register(schema, implementation, fake, setup_context, backward, fold)
 
+    def call(*inputs: Any) -> Any:
+        # With gradients on, torch.func may hand in tensors of a transform that has ended (vjp's
+        # function): only the dispatcher unwraps those.
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or _are_functorch_transforms_active()
+        ):
+            return op(*inputs)
+        if forward_ad._current_level >= 0:
+            return record(*inputs)
+        with _AutoDispatchBelowAutograd():
+            return op(*inputs)
 
-def _fresh_view(tensor: Tensor) -> Tensor:
-    return tensor.view_as(tensor)
+    return call
 
 
 def present(tensor: Tensor | None, like: Tensor) -> Tensor:

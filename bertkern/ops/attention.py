@@ -1,9 +1,9 @@
-"""Attention: out = dropout(softmax(scale · q kᵀ)) v        (Vaswani et al. 2017; Dao et al. 2022
-for the tiling)
+"""Attention: out = dropout(softmax(score(q kᵀ))) v,  score(x) = softcap(scale · x) + bias
+(Vaswani et al. 2017; Dao et al. 2022 for the tiling; the cap is Gemma 2's)
 
-B batch, S sequence, T total tokens of a variable-length batch, H heads, D head dim.
-Backward: dv = (p·mask)ᵀ dout, ds = p · (dp·mask − delta), dq = scale · ds k, dk = scale · dsᵀ q,
-with p recomputed from lse and delta = Σ_D dout · out − dlse.
+B batch, S sequence, T total tokens of a variable-length batch, H heads, Hk key heads, D head dim.
+Backward: dv = (p·mask)ᵀ dout, ds = p · (dp·mask − delta), dbias = Σ ds, dx = ds · softcap',
+dq = scale · dx k, dk = scale · dxᵀ q, with p recomputed from lse and delta = Σ_D dout · out − dlse.
 """
 
 import math
@@ -17,19 +17,36 @@ from ..reference.attention import CAUSAL_BOTTOM_RIGHT, CAUSAL_NONE
 from ..reference.layer_norm import statistics_dtype
 from . import _arguments as arguments
 from ._backend import implementation
-from ._registration import define, define_backward
+from ._registration import define, define_backward, present
+from ._vmap import Fold
 
 MAX_HEAD_DIM = 256
 
 _OPTIONS = (
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_lengths, Tensor? dropout_seed, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, int causal, float dropout_p, float scale, "
-    "SymInt sequence_offset"
+    "Tensor? bias, Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? key_lengths, Tensor? dropout_seed, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "int causal, SymInt window_left, SymInt window_right, float softcap, float dropout_p, "
+    "float scale, SymInt sequence_offset"
 )
 
 
-def _fwd(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return implementation("attention", "_fwd", q, head_dim=q.shape[-1])(q, *rest)
+def _used(
+    q: Tensor, k: Tensor, bias: Tensor | None, key_padding_mask: Tensor | None, *rest: Any
+) -> list[str]:
+    """The options of a call that not every backend has."""
+    window_left, window_right, softcap = rest[7:10]
+    used = [] if q.shape[-2] == k.shape[-2] else ["grouped heads"]
+    used += [] if bias is None else ["bias"]
+    used += [] if key_padding_mask is None else ["key_padding_mask"]
+    used += ["window"] if window_left >= 0 or window_right >= 0 else []
+    return [*used, "softcap"] if softcap else used
+
+
+def _fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    function = implementation(
+        "attention", "_fwd", q, head_dim=q.shape[-1], options=_used(q, k, *rest)
+    )
+    return function(q, k, v, *rest)
 
 
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -37,42 +54,48 @@ def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tens
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=statistics_dtype(q))
 
 
-def _bwd(dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation("attention", "_bwd", q, head_dim=q.shape[-1])(dout, q, *rest)
+def _bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    function = implementation(
+        "attention", "_bwd", q, head_dim=q.shape[-1], options=_used(q, k, *rest[3:])
+    )
+    dq, dk, dv, dbias = function(dout, q, k, v, *rest)
+    return dq, dk, dv, present(dbias, q)
 
 
-def _bwd_fake(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _bwd_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    bias, bias_grad = rest[3], rest[-1]
+    dbias = bias.new_empty(bias.shape) if bias_grad else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
 _attention_bwd = define_backward(
     "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? "
-    "dlse, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"dlse, {_OPTIONS}, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd,
     _bwd_fake,
     reference.attention_bwd,
 )
 
+_TENSORS = 9  # arguments of the forward that are tensors: they come first
+
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7], *output)
-    ctx.options = inputs[7:]
+    ctx.save_for_backward(*inputs[:_TENSORS], *output)
+    ctx.options = inputs[_TENSORS:]
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, cu_q, cu_k, key_lengths, seed, out, lse = ctx.saved_tensors
-    nothing: tuple[None, ...] = (None,) * (4 + len(ctx.options))
+    q, k, v, bias, *indices, out, lse = ctx.saved_tensors
+    nothing: tuple[None, ...] = (None,) * (len(indices) + len(ctx.options))
     if dout is None and dlse is None:
-        return (None, None, None, *nothing)
+        return (None, None, None, None, *nothing)
     dout = torch.zeros_like(out) if dout is None else dout
-    grads = _attention_bwd(
-        dout, q, k, v, out, lse, dlse, cu_q, cu_k, key_lengths, seed, *ctx.options
+    bias_grad = ctx.needs_input_grad[3]
+    dq, dk, dv, dbias = _attention_bwd(
+        dout, q, k, v, out, lse, dlse, bias, *indices, *ctx.options, bias_grad
     )
-    return (*grads, *nothing)
+    return (dq, dk, dv, dbias if bias_grad else None, *nothing)
 
 
 _attention_fwd = define(
@@ -81,6 +104,11 @@ _attention_fwd = define(
     _fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    # Dropout numbers the sequences of the batch, and a bias may have a batch of its own.
+    fold=Fold(
+        ("q", "k", "v", "key_padding_mask", "key_lengths"),
+        unless=("bias", "cu_seqlens_q", "dropout_seed"),
+    ),
 )
 
 
@@ -90,12 +118,16 @@ def attend(
     k: Tensor,
     v: Tensor,
     *,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     key_lengths: Tensor | None = None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     causal: int,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
     dropout_p: float,
     dropout_seed: Tensor | None,
     scale: float | None,
@@ -105,6 +137,7 @@ def attend(
 
     Args:
         op: the name that errors begin with.
+        bias: [B or 1, H or 1, Sq or 1, Sk or 1], checked.
         causal: one of the CAUSAL_ constants of `bertkern.reference.attention`.
 
     Returns:
@@ -112,7 +145,7 @@ def attend(
     """
     arguments.check_tensor(op, "q", q)
     arguments.check_same(op, "q", q, k=k, v=v)
-    head_dim = q.shape[-1]
+    heads, head_dim = q.shape[-2:]
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{op}: head dim is {head_dim}; allowed are 1 to {MAX_HEAD_DIM}")
     if k.shape[-1] != head_dim or v.shape[-1] != head_dim:
@@ -120,20 +153,25 @@ def attend(
             f"{op}: k and v have head dims {k.shape[-1]} and {v.shape[-1]}; both must be q's, "
             f"{head_dim}"
         )
-    if k.shape[-2] != q.shape[-2] or v.shape[-2] != q.shape[-2]:
-        raise NotImplementedError(
-            f"{op}: k and v have {k.shape[-2]} and {v.shape[-2]} heads and q has {q.shape[-2]}; "
-            "grouped "
-            "heads are not supported yet, so the counts must be equal"
-        )
     if k.shape != v.shape:
         raise ValueError(f"{op}: v has shape {list(v.shape)}; it must be k's, {list(k.shape)}")
+    key_heads = k.shape[-2]
+    if key_heads != heads and (key_heads == 0 or heads % key_heads):
+        raise ValueError(
+            f"{op}: k and v have {key_heads} heads and q has {heads}; q's must be a multiple of "
+            "k's (each key head serves as many query heads)"
+        )
+    left, right = _window(op, window)
+    if not softcap >= 0.0:
+        raise ValueError(f"{op}: softcap={softcap}; it must be 0 (none) or positive")
     seed = arguments.dropout_seed_for(op, q, dropout_p, dropout_seed)
     scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     return _attention_fwd(
         arguments.unit_last_stride(q),
         arguments.unit_last_stride(k),
         arguments.unit_last_stride(v),
+        bias,
+        key_padding_mask,
         cu_seqlens_q,
         cu_seqlens_k,
         key_lengths,
@@ -141,17 +179,50 @@ def attend(
         max_seqlen_q,
         max_seqlen_k,
         causal,
+        left,
+        right,
+        float(softcap),
         float(dropout_p),
         scale,
         sequence_offset,
     )
 
 
-def _refuse(op: str, **given: object) -> None:
-    for name, value in given.items():
-        if isinstance(value, Tensor) or value not in (None, 0.0):
-            shown = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else value
-            raise NotImplementedError(f"{op}: {name}={shown} is not supported yet; leave it out")
+def _window(op: str, window: tuple[int, int] | None) -> tuple[int, int]:
+    """(left, right) of a window, −1 where it has no limit."""
+    if window is None:
+        return -1, -1
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"{op}: window={window!r}; it must be None or (left, right)")
+    for side in window:
+        if not isinstance(side, (int, torch.SymInt)) or isinstance(side, bool) or side < -1:
+            raise ValueError(
+                f"{op}: window={tuple(window)}; left and right must be ints, -1 (no limit) or more"
+            )
+    return window[0], window[1]
+
+
+def bias_matrices(
+    op: str, name: str, bias: Tensor | None, q: Tensor, shape: tuple[int, int, int, int]
+) -> Tensor | None:
+    """The bias as a view of four dimensions, each 1 or that of `shape` [B, H, Sq, Sk]."""
+    if bias is None:
+        return None
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, not {type(bias).__name__}")
+    if bias.dtype not in (torch.bool, q.dtype, torch.float32):
+        raise TypeError(
+            f"{op}: {name} has dtype {bias.dtype}; allowed are torch.bool, torch.float32 and "
+            f"q's, {q.dtype}"
+        )
+    arguments.check_device(op, "q", q, name, bias)
+    sizes = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+    if len(sizes) != 4 or any(s not in (1, w) for s, w in zip(sizes, shape, strict=True)):
+        raise ValueError(
+            f"{op}: {name} has shape {list(bias.shape)}; it must broadcast to [B, H, Sq, Sk] = "
+            f"{list(shape)}"
+        )
+    return bias.reshape(sizes)
 
 
 def _check_rank(op: str, rank: int, layout: str, **tensors: Tensor) -> None:
@@ -193,22 +264,25 @@ def attention(  # type: ignore[misc]  # the overloads abbreviate the options
 
     Args:
         q: [B, Sq, H, D], float16, bfloat16, float32 or float64; any strides (one whose last
-            dimension is
-            not contiguous is copied once).
-        k, v: [B, Sk, H, D].
+            dimension is not contiguous is copied once).
+        k, v: [B, Sk, Hk, D]; H is a multiple of Hk, query head h reads key head h // (H / Hk).
         key_lengths: int32 [B]; sequence b has keys 0 … key_lengths[b] − 1, at most Sk. Values are
-            not
-            read on the host. What lies behind is never used, whatever it holds.
+            not read on the host. What lies behind is never used, whatever it holds.
+        key_padding_mask: bool [B, Sk], True for keys that count: left padding, holes. As behind
+            key_lengths, what stands at the others is never used.
+        bias: added to the scores, in q's dtype or float32, with a gradient (deterministic); or
+            bool, False meaning −inf. It broadcasts to [B, H, Sq, Sk].
         causal: query i sees keys j ≤ i + Sk − Sq (the mask is aligned to the bottom right of the
-            whole
-            Sq × Sk matrix; key_lengths then only take keys away).
+            whole Sq × Sk matrix; key_lengths then only take keys away).
+        window: (left, right), −1 for no limit: query i sees keys i + Sk − Sq − left ≤ j ≤ i + Sk −
+            Sq + right.
+        softcap: c > 0 replaces each product x by c · tanh(x / c), before the bias; 0 is none.
         dropout_p: probability to drop each attention probability, rounded to a multiple of 1/65536.
         dropout_seed: int64, one element, on q's device; None draws one.
-        scale: factor on the scores; None is 1/√D.
+        scale: factor on the products; None is 1/√D.
         return_lse: also return lse = log Σ_j exp(score_ij), float32 [B, H, Sq] (differentiable).
         sequence_offset: added to the batch index in the dropout mask (batches split over
             processes).
-        key_padding_mask, bias, window, softcap: not supported yet.
 
     Returns:
         [B, Sq, H, D] in q's dtype, contiguous; with return_lse, (out, lse). A query that sees no
@@ -218,11 +292,8 @@ def attention(  # type: ignore[misc]  # the overloads abbreviate the options
         ValueError, TypeError, NotImplementedError: naming the argument, its value and those
             allowed.
     """
-    _refuse(
-        "attention", key_padding_mask=key_padding_mask, bias=bias, window=window, softcap=softcap
-    )
     _check_rank("attention", 4, "[B, S, H, D]", q=q, k=k, v=v)
-    q, k, v = arguments.to_autocast_dtype(q, k, v)  # type: ignore[assignment]
+    q, k, v, bias = arguments.to_autocast_dtype(q, k, v, bias)  # type: ignore[assignment]
     batch = q.shape[0]
     if k.shape[0] != batch:
         raise ValueError(f"attention: k has batch {k.shape[0]}; it must be q's, {batch}")
@@ -231,15 +302,25 @@ def attention(  # type: ignore[misc]  # the overloads abbreviate the options
             "attention", "key_lengths", key_lengths, q, (batch,), torch.int32
         )
         key_lengths = key_lengths.contiguous()
+    if key_padding_mask is not None:
+        arguments.check_index_tensor(
+            "attention", "key_padding_mask", key_padding_mask, q, (batch, k.shape[1]), torch.bool
+        )
     out, lse = attend(
         "attention",
         q,
         k,
         v,
+        bias=bias_matrices(
+            "attention", "bias", bias, q, (batch, q.shape[2], q.shape[1], k.shape[1])
+        ),
+        key_padding_mask=key_padding_mask,
         key_lengths=key_lengths,
         max_seqlen_q=q.shape[1],
         max_seqlen_k=k.shape[1],
         causal=CAUSAL_BOTTOM_RIGHT if causal else CAUSAL_NONE,
+        window=window,
+        softcap=softcap,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
         scale=scale,
@@ -296,13 +377,15 @@ def attention_varlen(  # type: ignore[misc]  # the overloads abbreviate the opti
     """Softmax(scale · q kᵀ) v over sequences laid end to end, without padding.
 
     Args:
-        q: [Tq, H, D]; k, v: [Tk, H, D]. Tokens past the last sequence (a fixed token budget) give
+        q: [Tq, H, D]; k, v: [Tk, Hk, D]. Tokens past the last sequence (a fixed token budget) give
             0.
         cu_seqlens_q, cu_seqlens_k: int32 [B + 1], rising from 0; sequence b is tokens cu_seqlens[b]
-            …
-            cu_seqlens[b + 1] − 1. Empty sequences are allowed. Values are not read on the host.
+            … cu_seqlens[b + 1] − 1. Empty sequences are allowed. Values are not read on the host.
         max_seqlen_q, max_seqlen_k: the longest lengths (or more), as ints: nothing synchronises.
-        Others: as in `attention`; causal is aligned to the bottom right of each sequence.
+        bias: broadcasts to [B, H, max_seqlen_q, max_seqlen_k]; element (i, j) is added to the score
+            of the sequence's own query i and key j.
+        Others: as in `attention`; causal and window are aligned to the bottom right of each
+            sequence.
 
     Returns:
         [Tq, H, D] in q's dtype, contiguous; with return_lse, (out, lse [H, Tq] float32).
@@ -312,9 +395,8 @@ def attention_varlen(  # type: ignore[misc]  # the overloads abbreviate the opti
             allowed.
     """
     op = "attention_varlen"
-    _refuse(op, bias=bias, window=window, softcap=softcap)
     _check_rank(op, 3, "[T, H, D]", q=q, k=k, v=v)
-    q, k, v = arguments.to_autocast_dtype(q, k, v)  # type: ignore[assignment]
+    q, k, v, bias = arguments.to_autocast_dtype(q, k, v, bias)  # type: ignore[assignment]
     for name, lengths in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         arguments.check_index_tensor(op, name, lengths, q, None, torch.int32)
         if lengths.shape[0] < 1 or lengths.shape != cu_seqlens_q.shape:
@@ -330,16 +412,20 @@ def attention_varlen(  # type: ignore[misc]  # the overloads abbreviate the opti
             )
         if longest < 0:
             raise ValueError(f"{op}: {name}={longest}; it must not be negative")
+    batch = cu_seqlens_q.shape[0] - 1
     out, lse = attend(
         op,
         q,
         k,
         v,
+        bias=bias_matrices(op, "bias", bias, q, (batch, q.shape[1], max_seqlen_q, max_seqlen_k)),
         cu_seqlens_q=cu_seqlens_q.contiguous(),
         cu_seqlens_k=cu_seqlens_k.contiguous(),
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
         causal=CAUSAL_BOTTOM_RIGHT if causal else CAUSAL_NONE,
+        window=window,
+        softcap=softcap,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
         scale=scale,

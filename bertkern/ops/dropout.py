@@ -11,6 +11,7 @@ from torch import Tensor
 from . import _arguments as arguments
 from ._backend import implementation
 from ._registration import define
+from ._vmap import Fold
 
 
 def _fwd(x: Tensor, dropout_p: float, dropout_seed: Tensor, dropout_rows: Tensor | None) -> Tensor:
@@ -39,6 +40,7 @@ _dropout = define(
     _fake,
     setup_context=_setup_context,
     backward=_backward,
+    fold=Fold(("x",), row_numbers="dropout_rows"),
 )
 
 
@@ -73,4 +75,4 @@ def dropout(
         return x
     x_rows = arguments.as_rows(x)
     rows = arguments.check_dropout_rows("dropout", x, x_rows.shape[0], dropout_rows)
-    return _dropout(x_rows, float(dropout_p), seed, rows).reshape(x.shape)
+    return arguments.from_rows(_dropout(x_rows, float(dropout_p), seed, rows), x)

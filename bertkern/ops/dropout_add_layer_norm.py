@@ -14,6 +14,7 @@ from ..reference.layer_norm import statistics_dtype
 from . import _arguments as arguments
 from ._backend import implementation
 from ._registration import define, define_backward, present
+from ._vmap import Fold
 from .layer_norm import check_normalization, fake_parameter_gradients
 
 _OP = "dropout_add_layer_norm"
@@ -100,6 +101,7 @@ _dropout_add_layer_norm_fwd = define(
     _fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    fold=Fold(("x", "residual"), row_numbers="dropout_rows"),
 )
 
 
@@ -137,12 +139,21 @@ def dropout_add_layer_norm(
     check_normalization(_OP, x, weight, bias, eps)
     arguments.check_tensor(_OP, "residual", residual)
     x, residual = arguments.to_autocast_dtype(x, residual)  # type: ignore[assignment]
-    arguments.check_same(_OP, "x", x, residual=residual)
-    arguments.check_shape(_OP, "residual", residual, tuple(x.shape))
+    if not (arguments.alike(x, residual) and residual.shape == x.shape):
+        arguments.check_same(_OP, "x", x, residual=residual)
+        arguments.check_shape(_OP, "residual", residual, tuple(x.shape))
     seed = arguments.dropout_seed_for(_OP, x, dropout_p, dropout_seed)
     x_rows = arguments.as_rows(x)
     rows = arguments.check_dropout_rows(_OP, x, x_rows.shape[0], dropout_rows)
     y, z, _, _ = _dropout_add_layer_norm_fwd(
-        x_rows, arguments.as_rows(residual), weight, bias, float(dropout_p), float(eps), seed, rows
+        x_rows,
+        arguments.as_rows(residual),
+        arguments.vector(weight),
+        arguments.vector(bias),
+        float(dropout_p),
+        float(eps),
+        seed,
+        rows,
     )
-    return (y.reshape(x.shape), z.reshape(x.shape)) if prenorm else y.reshape(x.shape)
+    y = arguments.from_rows(y, x)
+    return (y, arguments.from_rows(z, x)) if prenorm else y

@@ -2,8 +2,8 @@
 3.3)
 
 Backward, with g = dropout'(dy), z = x w1ᵀ + b1 and h = act(z):  dw2 = gᵀ h, db2 = Σ g, dz = (g w2)
-· act'(z), dw1 = dzᵀ x, db1 = Σ dz, dx = dz w1. z is kept for the backward and h is computed from it
-again.
+· act'(z), dw1 = dzᵀ x, db1 = Σ dz, dx = dz w1. z is kept for the backward, or computed there again
+(save_preact=False), and h is computed from it again.
 """
 
 from typing import Any
@@ -14,8 +14,9 @@ from ..reference import ffn as reference
 from . import _arguments as arguments
 from ._backend import implementation
 from ._registration import define, define_backward, present
+from ._vmap import Fold
 from .layer_norm import fake_parameter_gradients
-from .linear import check_bias, check_weight
+from .linear import check_bias, check_weight, needs_gradient
 
 _PARAMETERS = "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2"
 _OPTIONS = "str activation, float dropout_p, Tensor? dropout_seed, Tensor? dropout_rows"
@@ -28,7 +29,9 @@ def _fwd(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _fwd_fake(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], w2.shape[0]), x.new_empty(x.shape[0], w1.shape[0])
+    save_preact = rest[-1]
+    z_shape = (x.shape[0], w1.shape[0]) if save_preact else (0,)
+    return x.new_empty(x.shape[0], w2.shape[0]), x.new_empty(z_shape)
 
 
 def _bwd(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -53,29 +56,30 @@ _ffn_bwd = define_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w1, b1, w2, b2, ctx.activation, ctx.dropout_p, seed, rows = inputs
+    x, w1, b1, w2, b2, ctx.activation, ctx.dropout_p, seed, rows, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, w1, b1, w2, b2, output[1], seed, rows)
 
 
 def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 9
+        return (None,) * 10
     x, w1, b1, w2, b2, z, seed, rows = ctx.saved_tensors
     dx, dw1, db1, dw2, db2 = _ffn_bwd(
         dy, x, w1, b1, w2, b2, z, ctx.activation, ctx.dropout_p, seed, rows
     )
     db1 = None if b1 is None else db1
     db2 = None if b2 is None else db2
-    return dx, dw1, db1, dw2, db2, None, None, None, None
+    return dx, dw1, db1, dw2, db2, None, None, None, None, None
 
 
 _ffn_fwd = define(
-    f"ffn_fwd(Tensor x, {_PARAMETERS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"ffn_fwd(Tensor x, {_PARAMETERS}, {_OPTIONS}, bool save_preact) -> (Tensor, Tensor)",
     _fwd,
     _fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    fold=Fold(("x",), row_numbers="dropout_rows"),
 )
 
 
@@ -90,6 +94,7 @@ def ffn(
     dropout_seed: Tensor | None = None,
     *,
     dropout_rows: Tensor | None = None,
+    save_preact: bool = True,
 ) -> Tensor:
     """Dropout(act(x w1ᵀ + b1) w2ᵀ + b2).
 
@@ -102,6 +107,8 @@ def ffn(
         dropout_seed: int64, one element, on x's device; None draws one.
         dropout_rows: int64 [tokens], each token's row in the padded layout; None counts the rows of
             x.
+        save_preact: whether the backward finds z = x w1ᵀ + b1 [..., F] in memory. False computes it
+            there again, one more product, and keeps one activation less.
 
     Returns:
         [..., N] in x's dtype.
@@ -125,12 +132,13 @@ def ffn(
     y, _ = _ffn_fwd(
         x_rows,
         arguments.unit_last_stride(w1),
-        b1,
+        arguments.vector(b1),
         arguments.unit_last_stride(w2),
-        b2,
+        arguments.vector(b2),
         act,
         float(dropout_p),
         seed,
         rows,
+        save_preact and needs_gradient(x, w1, b1, w2, b2),
     )
-    return y.reshape(*x.shape[:-1], w2.shape[0])
+    return arguments.from_rows(y, x)

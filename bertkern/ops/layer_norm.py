@@ -13,6 +13,7 @@ from ..reference.layer_norm import statistics_dtype
 from . import _arguments as arguments
 from ._backend import implementation
 from ._registration import define, define_backward, present
+from ._vmap import Fold
 
 
 def _fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
@@ -71,6 +72,7 @@ _layer_norm_fwd = define(
     _fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    fold=Fold(("x",)),
 )
 
 
@@ -83,10 +85,17 @@ def check_normalization(
         raise ValueError(f"{op}: x has shape {list(x.shape)}; it needs at least one dimension")
     if not eps >= 0:
         raise ValueError(f"{op}: eps={eps}; it must not be negative")
+    columns = x.shape[-1:]
+    if (
+        arguments.alike(x, weight, bias)
+        and (weight is None or weight.shape == columns)
+        and (bias is None or bias.shape == columns)
+    ):
+        return
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             arguments.check_tensor(op, name, parameter)
-            arguments.check_shape(op, name, parameter, (x.shape[-1],))
+            arguments.check_shape(op, name, parameter, tuple(columns))
             arguments.check_device(op, "x", x, name, parameter)
 
 
@@ -107,5 +116,7 @@ def layer_norm(
         ValueError, TypeError: naming the argument, its value and those allowed.
     """
     check_normalization("layer_norm", x, weight, bias, eps)
-    y, _, _ = _layer_norm_fwd(arguments.as_rows(x), weight, bias, float(eps))
-    return y.reshape(x.shape)
+    y, _, _ = _layer_norm_fwd(
+        arguments.as_rows(x), arguments.vector(weight), arguments.vector(bias), float(eps)
+    )
+    return arguments.from_rows(y, x)

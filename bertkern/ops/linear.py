@@ -1,7 +1,7 @@
 """Linear layer with fused epilogues: y = residual + dropout(act(x wᵀ + b)).
 
 Backward, with g = dropout'(dy) and z = x wᵀ + b:  dz = g · act'(z), dx = dz w, dw = dzᵀ x, db = Σ
-dz, dresidual = dy.
+dz, dresidual = dy. z is kept for the backward, or computed there again (save_preact=False).
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ from ..reference import linear as reference
 from . import _arguments as arguments
 from ._backend import implementation
 from ._registration import define, define_backward, present
+from ._vmap import Fold
 from .layer_norm import fake_parameter_gradients
 
 _DROPOUT = "float dropout_p, Tensor? dropout_seed, Tensor? dropout_rows"
@@ -79,12 +80,14 @@ _linear_fwd = define(
     _fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    fold=Fold(("x", "residual"), row_numbers="dropout_rows"),
 )
 
 
 def check_weight(op: str, x: Tensor, name: str, w: Tensor, columns: int) -> None:
     """The weight is [out, columns] of x's dtype and device."""
-    arguments.check_same(op, "x", x, **{name: w})
+    if not arguments.alike(x, w):
+        arguments.check_same(op, "x", x, **{name: w})
     if w.dim() != 2 or w.shape[1] != columns:
         raise ValueError(
             f"{op}: {name} has shape {list(w.shape)}; it must be [out, {columns}] (out by in, as "
@@ -94,7 +97,7 @@ def check_weight(op: str, x: Tensor, name: str, w: Tensor, columns: int) -> None
 
 def check_bias(op: str, x: Tensor, name: str, b: Tensor | None, columns: int) -> None:
     """The bias is None or [columns] on x's device, in x's dtype or float32."""
-    if b is None:
+    if b is None or (arguments.alike(x, b) and b.shape == (columns,)):
         return
     arguments.check_tensor(op, name, b)
     arguments.check_shape(op, name, b, (columns,))
@@ -103,6 +106,15 @@ def check_bias(op: str, x: Tensor, name: str, b: Tensor | None, columns: int) ->
         raise TypeError(
             f"{op}: {name} has dtype {b.dtype}; allowed are {x.dtype} and torch.float32"
         )
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward can follow."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def linear(
@@ -115,6 +127,7 @@ def linear(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     dropout_rows: Tensor | None = None,
+    save_preact: bool = True,
 ) -> Tensor:
     """Residual + dropout(act(x wᵀ + b)), in one kernel where the backend has one.
 
@@ -126,6 +139,8 @@ def linear(
         dropout_seed: int64, one element, on x's device; None draws one.
         dropout_rows: int64 [tokens], each token's row in the padded layout; None counts the rows of
             x.
+        save_preact: whether the backward finds z = x wᵀ + b [..., N] in memory. False computes it
+            there again, one more product, where there is an activation.
 
     Returns:
         [..., N] in x's dtype.
@@ -149,13 +164,11 @@ def linear(
     seed = arguments.dropout_seed_for("linear", x, dropout_p, dropout_seed)
     x_rows = arguments.as_rows(x)
     rows = arguments.check_dropout_rows("linear", x, x_rows.shape[0], dropout_rows)
-    save_preact = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, w, b)
-    )
+    save_preact = save_preact and needs_gradient(x, w, b)
     y, _ = _linear_fwd(
         x_rows,
         arguments.unit_last_stride(w),
-        b,
+        arguments.vector(b),
         residual,
         act,
         float(dropout_p),
@@ -163,4 +176,4 @@ def linear(
         rows,
         save_preact,
     )
-    return y.reshape(shape)
+    return arguments.from_rows(y, x)

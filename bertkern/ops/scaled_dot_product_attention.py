@@ -1,12 +1,15 @@
 """`torch.nn.functional.scaled_dot_product_attention` on these kernels: its signature and its
 meaning."""
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..reference.attention import CAUSAL_NONE, CAUSAL_TOP_LEFT
 from . import _arguments as arguments
-from .attention import attend
+from .attention import attend, bias_matrices
 
 _OP = "scaled_dot_product_attention"
 
@@ -21,66 +24,71 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Softmax(scale · query keyᵀ) value with torch's layout, `[..., S, D]` with H as the dimension
-    before.
+    """Softmax(scale · query keyᵀ + mask) value with torch's layout, `[..., S, D]` with H as the
+    dimension before.
 
     Args:
         query: [B, H, Sq, D], [H, Sq, D] or [Sq, D], any strides. Leading dimensions broadcast.
-        key, value: [B, H, Sk, D].
-        attn_mask, enable_gqa: not supported yet.
+        key: [B, Hk, Sk, D]; value: [B, Hk, Sk, Dv]. Where Dv is not D, the narrower tensors are
+            filled up with zeros in a copy.
+        attn_mask: broadcasts to [B, H, Sq, Sk]; bool (True: attend) or query's dtype or float32
+            (added to the scores), with a gradient. A bool mask that differs by key alone, as
+            padding does, is taken as a key padding mask, which is cheaper.
         dropout_p: applied whenever it is above 0, as torch does.
-        is_causal: query i sees keys j ≤ i (aligned to the top left, as torch does).
+        is_causal: query i sees keys j ≤ i (aligned to the top left, as torch does); not together
+            with attn_mask.
         scale: None is 1/√D.
+        enable_gqa: H may be a multiple of Hk; query head h reads key head h // (H / Hk).
 
     Returns:
-        [B, H, Sq, D] in query's dtype (a transposed view of a contiguous [B, Sq, H, D]).
+        [B, H, Sq, Dv] in query's dtype (a transposed view of a contiguous [B, Sq, H, Dv]). A query
+        that sees no key gives 0.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: naming the argument, its value and those
-            allowed.
+        ValueError, TypeError: naming the argument, its value and those allowed.
     """
-    if attn_mask is not None:
-        raise NotImplementedError(
-            f"{_OP}: attn_mask={attn_mask.dtype} {list(attn_mask.shape)} is not supported yet; "
-            "for padding use bertkern.attention(key_lengths=...) or bertkern.attention_varlen"
-        )
-    if enable_gqa:
-        raise NotImplementedError(f"{_OP}: enable_gqa=True is not supported yet; use False")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         arguments.check_tensor(_OP, name, tensor)
         if tensor.dim() < 2:
             raise ValueError(
                 f"{_OP}: {name} has shape {list(tensor.shape)}; it needs at least [S, D]"
             )
-    query, key, value = arguments.to_autocast_dtype(query, key, value)  # type: ignore[assignment]
-    if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
+    if attn_mask is not None and is_causal:
+        raise ValueError(f"{_OP}: is_causal=True with an attn_mask; give one of the two")
+    query, key, value, attn_mask = arguments.to_autocast_dtype(  # type: ignore[assignment]
+        query, key, value, attn_mask
+    )
+    head_dim, value_dim = query.shape[-1], value.shape[-1]
+    if key.shape[-1] != head_dim:
         raise ValueError(
-            f"{_OP}: query, key and value have head dims {query.shape[-1]}, {key.shape[-1]} and "
-            f"{value.shape[-1]}; they must be equal"
+            f"{_OP}: query and key have head dims {head_dim} and {key.shape[-1]}; they must be "
+            "equal"
         )
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(
             f"{_OP}: value has {value.shape[-2]} rows; it must have key's, {key.shape[-2]}"
         )
-    try:
-        leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-    except RuntimeError as error:
-        raise ValueError(
-            f"{_OP}: query {list(query.shape)}, key {list(key.shape)} and value "
-            f"{list(value.shape)} have "
-            "leading dimensions that do not broadcast"
-        ) from error
-    heads = leading[-1] if leading else 1
-    batch = torch.Size(leading[:-1]).numel()
+    if scale is None and head_dim:
+        scale = 1.0 / math.sqrt(head_dim)
+    widest = max(head_dim, value_dim)
+    query, key, value = (_widened(t, widest) for t in (query, key, value))
+    leading, key_leading = _leading(query, key, value, enable_gqa)
+    heads, batch = (leading or (1,))[-1], math.prod(leading[:-1])
     q, k, v = (
-        t.expand(*leading, *t.shape[-2:]).reshape(batch, heads, *t.shape[-2:]).transpose(1, 2)
-        for t in (query, key, value)
+        t.expand(*dims, *t.shape[-2:])
+        .reshape(batch, (dims or (1,))[-1], *t.shape[-2:])
+        .transpose(1, 2)
+        for t, dims in ((query, leading), (key, key_leading), (value, key_leading))
     )
+    sizes = (batch, heads, q.shape[1], k.shape[1])
+    bias, key_padding_mask = _mask(attn_mask, q, leading, sizes)
     out, _ = attend(
         _OP,
         q,
         k,
         v,
+        bias=bias,
+        key_padding_mask=key_padding_mask,
         max_seqlen_q=q.shape[1],
         max_seqlen_k=k.shape[1],
         causal=CAUSAL_TOP_LEFT if is_causal else CAUSAL_NONE,
@@ -89,4 +97,58 @@ def scaled_dot_product_attention(
         scale=scale,
         sequence_offset=0,
     )
-    return out.transpose(1, 2).reshape(*leading, *query.shape[-2:])
+    return out.transpose(1, 2).reshape(*leading, q.shape[1], widest)[..., :value_dim]
+
+
+def _widened(tensor: Tensor, head_dim: int) -> Tensor:
+    return tensor if tensor.shape[-1] == head_dim else pad(tensor, (0, head_dim - tensor.shape[-1]))
+
+
+def _leading(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The leading dimensions of query, and those of key and value, after broadcasting. With
+    enable_gqa the heads, the last of them, do not broadcast."""
+    shapes = [t.shape[:-2] for t in (query, key, value)]
+    apart = enable_gqa and all(shapes)
+    try:
+        if not apart:
+            together = tuple(torch.broadcast_shapes(*shapes))
+            return together, together
+        outer = tuple(torch.broadcast_shapes(*(shape[:-1] for shape in shapes)))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{_OP}: query {list(query.shape)}, key {list(key.shape)} and value "
+            f"{list(value.shape)} have leading dimensions that do not broadcast"
+            + ("" if enable_gqa else " (enable_gqa=True shares key heads among query heads)")
+        ) from error
+    if shapes[1][-1] != shapes[2][-1]:
+        raise ValueError(
+            f"{_OP}: value has {shapes[2][-1]} heads; it must have key's, {shapes[1][-1]}"
+        )
+    return (*outer, shapes[0][-1]), (*outer, shapes[1][-1])
+
+
+def _mask(
+    attn_mask: Tensor | None, q: Tensor, leading: tuple[int, ...], sizes: tuple[int, int, int, int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(bias [B or 1, H or 1, Sq or 1, Sk or 1], key_padding_mask [B, Sk]): one of them, or none."""
+    if attn_mask is None:
+        return None, None
+    if isinstance(attn_mask, Tensor) and len(leading) > 2 and attn_mask.dim() > 3:
+        # [..., H, Sq, Sk] -> [B, H, Sq, Sk]: a batch of several dimensions is copied if it
+        # broadcasts.
+        outer = attn_mask.shape[:-3]
+        if any(size != 1 for size in outer):
+            try:
+                attn_mask = attn_mask.expand(*leading[:-1], *attn_mask.shape[-3:])
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{_OP}: attn_mask has shape {list(attn_mask.shape)}; it must broadcast to "
+                    f"{[*leading, *sizes[2:]]}"
+                ) from error
+        attn_mask = attn_mask.reshape(-1, *attn_mask.shape[-3:])
+    bias = bias_matrices(_OP, "attn_mask", attn_mask, q, sizes)
+    if bias is not None and bias.dtype == torch.bool and bias.shape[1:3] == (1, 1):
+        return None, bias[:, 0, 0].expand(sizes[0], sizes[3])
+    return bias, None

@@ -2,8 +2,8 @@
 3.3)
 
 x [M, K], w1 [F, K], b1 [F], w2 [N, F], b2 [N], y [M, N]. The pre-activation z = x w1ᵀ + b1 [M, F]
-is
-what the backward needs: dh = g w2 with g = dropout'(dy), dz = dh · act'(z), h = act(z).
+is what the backward needs, saved or recomputed: dh = g w2 with g = dropout'(dy), dz = dh · act'(z),
+h = act(z).
 """
 
 from torch import Tensor
@@ -21,9 +21,10 @@ def ffn_fwd(
     dropout_p: float,
     dropout_seed: Tensor | None,
     dropout_rows: Tensor | None,
+    save_preact: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y, z)."""
-    h, z = linear_fwd(x, w1, b1, None, activation, 0.0, None, None, True)
+    """(y, z); z is empty unless it was asked for."""
+    h, z = linear_fwd(x, w1, b1, None, activation, 0.0, None, None, save_preact)
     y, _ = linear_fwd(h, w2, b2, None, "", dropout_p, dropout_seed, dropout_rows, False)
     return y, z
 

@@ -8,7 +8,7 @@ import pytest
 import bertkern
 from bertkern.cli.main import app
 
-COMMANDS = ("info", "demo", "embed", "fill-mask", "pretrain")
+COMMANDS = ("info", "demo", "embed", "fill-mask", "pretrain", "tune")
 
 
 def test_version(run):

@@ -47,7 +47,7 @@ def test_ffn(device, tokens, model, hidden, dtype, activation, p, bias):
         present = [t for t in inputs if t is not None]
         return [y, z, *torch.autograd.grad(y, present, dy.cpu().to(dtype))]
 
-    y, z = ffn_fwd(x, w1, b1, w2, b2, activation, p, seed, None)
+    y, z = ffn_fwd(x, w1, b1, w2, b2, activation, p, seed, None, True)
     grads = ffn_bwd(dy, x, w1, b1, w2, b2, z, activation, p, seed, None)
     assert [g is None for g in grads] == [False, False, not bias, False, not bias]
     got = [y, z, *(g for g in grads if g is not None)]
@@ -56,9 +56,24 @@ def test_ffn(device, tokens, model, hidden, dtype, activation, p, bias):
         assert_close(*rows, grad=i > 1, name=f"result {i}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_recomputed_preactivation_gives_the_same_bits(device, activation, dtype):
+    torch.manual_seed(1)
+    shapes = ((37, 20), (50, 20), (50,), (20, 50), (20,), (37, 20))
+    x, w1, b1, w2, b2, dy = (torch.randn(s).to(device, dtype) for s in shapes)
+    options = (activation, 0.3, torch.tensor([4], device=device), None)
+    y, z = ffn_fwd(x, w1, b1, w2, b2, *options, True)
+    same_y, nothing = ffn_fwd(x, w1, b1, w2, b2, *options, False)
+    assert nothing.shape == (0,)
+    assert torch.equal(same_y, y)
+    saved, recomputed = (ffn_bwd(dy, x, w1, b1, w2, b2, t, *options) for t in (z, nothing))
+    assert all(map(torch.equal, saved, recomputed))
+
+
 def test_no_tokens(device):
     x, w1, w2 = (torch.ones(s, device=device) for s in ((0, 4), (6, 4), (4, 6)))
-    y, z = ffn_fwd(x, w1, None, w2, None, "gelu", 0.0, None, None)
+    y, z = ffn_fwd(x, w1, None, w2, None, "gelu", 0.0, None, None, True)
     dx, dw1, _, dw2, _ = ffn_bwd(y, x, w1, None, w2, None, z, "gelu", 0.0, None, None)
     assert y.shape == dx.shape == (0, 4)
     assert (dw1 == 0).all()

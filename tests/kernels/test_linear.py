@@ -79,6 +79,20 @@ def test_preactivation_is_not_saved_unless_asked(device):
     assert linear_fwd(x, w, None, None, "gelu", 0.0, None, None, False)[1].shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", [fp32, fp16])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS)[1:])
+def test_recomputed_preactivation_gives_the_same_bits(device, activation, dtype):
+    torch.manual_seed(2)
+    shapes = ((37, 40), (33, 40), (33,), (37, 33))
+    x, w, b, dy = (torch.randn(s).to(device, dtype) for s in shapes)
+    options = (activation, 0.3, torch.tensor([4], device=device), None)
+    y, z = linear_fwd(x, w, b, None, *options, True)
+    same_y, nothing = linear_fwd(x, w, b, None, *options, False)
+    assert torch.equal(same_y, y)
+    saved, recomputed = (linear_bwd(dy, x, w, b, t, *options) for t in (z, nothing))
+    assert all(map(torch.equal, saved, recomputed))
+
+
 def test_strides_and_poisoned_neighbours(device):
     """Operands inside wider matrices whose other columns and rows are NaN."""
     torch.manual_seed(0)

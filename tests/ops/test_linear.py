@@ -125,6 +125,64 @@ def test_ffn(backend, device, case, dtype):
         hold_to_rule(ours, plain, (x, w1, b1, w2, b2), dy)
 
 
+SHAPES_OF_LINEAR = {"x": (37, 20), "w": (33, 20), "b": (33,)}
+SHAPES_OF_FFN = {"x": (37, 20), "w1": (50, 20), "b1": (50,), "w2": (20, 50), "b2": (20,)}
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("op", ["linear", "ffn"])
+def test_preactivation_saved_or_recomputed(backend, device, op, activation):
+    """One activation [tokens, hidden] less is kept, and the gradients are the same."""
+    skip_unless_computable(backend, torch.float32)
+    torch.manual_seed(3)
+    shapes = SHAPES_OF_LINEAR if op == "linear" else SHAPES_OF_FFN
+    inputs = {name: torch.randn(s, device=device).requires_grad_() for name, s in shapes.items()}
+    seed, function = torch.tensor([9], device=device), getattr(bertkern, op)
+    results, kept = [], []
+    for save_preact in (True, False):
+        saved = {}
+
+        def pack(tensor, saved=saved):
+            saved[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with (
+            bertkern.backend(backend),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            y = function(
+                **inputs,
+                activation=activation,
+                dropout_p=0.2,
+                dropout_seed=seed,
+                save_preact=save_preact,
+            )
+            results.append((y, *torch.autograd.grad(y.square().sum(), list(inputs.values()))))
+        kept.append(sum(saved.values()))
+    hidden = 33 if op == "linear" else 50
+    assert kept[0] - kept[1] == 37 * hidden
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("op", ["linear", "ffn"])
+def test_recomputed_preactivation_with_gradients_of_gradients(op):
+    torch.manual_seed(4)
+    shapes = SHAPES_OF_LINEAR if op == "linear" else SHAPES_OF_FFN
+    inputs = [torch.randn([max(1, n // 10) for n in s]).double() for s in shapes.values()]
+    function = getattr(bertkern, op)
+    call = lambda *t: function(*t, activation="gelu", save_preact=False)  # noqa: E731
+    leaves = [t.requires_grad_() for t in inputs]
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
+def test_nothing_is_saved_without_gradients():
+    """Without a backward to come the hidden activation is not written a second time."""
+    x, w1, w2 = torch.randn(3, 8), torch.randn(5, 8), torch.randn(8, 5)
+    y, z = torch.ops.bertkern.ffn_fwd(x, w1, None, w2, None, "gelu", 0.0, None, None, False)
+    assert z.shape == (0,)
+    torch.testing.assert_close(y, bertkern.ffn(x, w1, None, w2, None))
+
+
 def test_gelu_is_the_erf_form(backend, device):
     """The tanh form differs by up to 4.7e-4; far negative values keep their digits."""
     skip_unless_computable(backend, torch.float32)

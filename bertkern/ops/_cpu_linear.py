@@ -1,0 +1,187 @@
+"""The backend "cpu" of linear and ffn: torch's products and one pass of a kernel around them.
+
+The matrix products are torch's own (oneDNN, MKL or what torch is built with); what stands around
+them, bias, activation, dropout, residual and column sums, is one pass of the compiled extension.
+Functions, arguments and equations are those of `bertkern/reference/linear.py` and `ffn.py`.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bertkern import _C
+
+from ._cpu import DTYPES, address, dropout_options, dtype_or, parameter
+
+_ACTIVATIONS = {
+    "": _C.Activation.NONE,
+    "gelu": _C.Activation.GELU,
+    "gelu_tanh": _C.Activation.GELU_TANH,
+    "relu": _C.Activation.RELU,
+}
+
+
+def _epilogue(
+    x: Tensor,
+    b: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    dropout_rows: Tensor | None,
+    y: Tensor,
+    z: Tensor | None,
+) -> None:
+    """z = x + b, y = residual + dropout(act(z)); y or z may be x's own memory, z may be
+    unwanted."""
+    b = parameter(b)
+    _C.cpu_bias_act_fwd(
+        x=address(x),
+        bias=address(b),
+        residual=address(residual),
+        y=address(y),
+        z=address(z),
+        dropout_rows=address(dropout_rows),
+        x_stride=x.stride(0),
+        residual_stride=0 if residual is None else residual.stride(0),
+        rows=x.shape[0],
+        cols=x.shape[1],
+        dtype=DTYPES[x.dtype],
+        bias_dtype=dtype_or(b, x),
+        activation=_ACTIVATIONS[activation],
+        threads=torch.get_num_threads(),
+        **dropout_options(dropout_p, dropout_seed),
+    )
+
+
+def _epilogue_bwd(
+    dy: Tensor,
+    z: Tensor | None,
+    b: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    dropout_rows: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """(dz, db): dz = dropout'(dy) · act'(z), dy itself where there is neither."""
+    unchanged = not activation and dropout_seed is None
+    if unchanged and b is None:
+        return dy, None
+    dz = None if unchanged else torch.empty(dy.shape, dtype=dy.dtype)
+    db = None if b is None else torch.empty(b.shape, dtype=b.dtype)
+    _C.cpu_act_bwd(
+        dy=address(dy),
+        z=address(z if activation else None),
+        dz=address(dz),
+        dbias=address(db),
+        dropout_rows=address(dropout_rows),
+        dy_stride=dy.stride(0),
+        z_stride=dy.shape[1] if z is None else z.stride(0),
+        rows=dy.shape[0],
+        cols=dy.shape[1],
+        dtype=DTYPES[dy.dtype],
+        bias_dtype=dtype_or(b, dy),
+        activation=_ACTIVATIONS[activation],
+        threads=torch.get_num_threads(),
+        **dropout_options(dropout_p, dropout_seed),
+    )
+    return dy if dz is None else dz, db
+
+
+def _product(x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(x wᵀ, the bias that is still to be added).
+
+    In half precision the bias joins before the one rounding: rounding twice can change the sign of
+    a small z, and with it relu's derivative.
+    """
+    if b is None or x.dtype == torch.float32:
+        return F.linear(x, w), b
+    return F.linear(x, w, b.to(x.dtype)), None
+
+
+def linear_fwd(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    dropout_rows: Tensor | None,
+    save_preact: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, z); z is empty unless it was asked for and there is an activation."""
+    if not activation and residual is None and dropout_seed is None:
+        return F.linear(x, w, None if b is None else b.to(x.dtype)), x.new_empty(0)
+    product, b = _product(x, w, b)
+    z = product if save_preact and activation else None
+    y = product if z is None else torch.empty_like(product)
+    _epilogue(product, b, residual, activation, dropout_p, dropout_seed, dropout_rows, y, z)
+    return y, x.new_empty(0) if z is None else z
+
+
+def _preactivation(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """z as linear_fwd would have saved it."""
+    z, b = _product(x, w, b)
+    if b is not None:
+        _epilogue(z, b, None, "", 0.0, None, None, z, None)
+    return z
+
+
+def linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    z: Tensor,
+    activation: str,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    dropout_rows: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dx, dw, db); z is empty where it was not saved."""
+    if activation and z.dim() == 1:
+        z = _preactivation(x, w, b)
+    dz, db = _epilogue_bwd(dy, z, b, activation, dropout_p, dropout_seed, dropout_rows)
+    return dz @ w, dz.t() @ x, db
+
+
+def ffn_fwd(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    dropout_rows: Tensor | None,
+    save_preact: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, z); z is empty unless it was asked for."""
+    h, z = linear_fwd(x, w1, b1, None, activation, 0.0, None, None, save_preact)
+    y, _ = linear_fwd(h, w2, b2, None, "", dropout_p, dropout_seed, dropout_rows, False)
+    return y, z
+
+
+def ffn_bwd(
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    z: Tensor,
+    activation: str,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    dropout_rows: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """(dx, dw1, db1, dw2, db2); z is empty where it was not saved."""
+    if z.dim() == 1:
+        z = _preactivation(x, w1, b1)
+    g, db2 = _epilogue_bwd(dy, None, b2, "", dropout_p, dropout_seed, dropout_rows)
+    dz, db1 = _epilogue_bwd(g @ w2, z, b1, activation, 0.0, None, None)
+    h = torch.empty_like(z)
+    _epilogue(z, None, None, activation, 0.0, None, None, h, None)
+    return dz @ w1, dz.t() @ x, db1, g.t() @ h, db2

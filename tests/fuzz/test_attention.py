@@ -1,0 +1,21 @@
+"""Random attention calls, in every layout, against fp64."""
+
+from pathlib import Path
+
+import pytest
+from fuzz import attention
+from fuzz.run import cases, run_case
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+
+@cases(
+    {
+        attention.attention: 30,
+        attention.attention_varlen: 30,
+        attention.scaled_dot_product_attention: 20,
+        attention.attention_decode: 25,
+    }
+)
+def test_case(device, generator, number):
+    run_case(Path(__file__).name, generator, number, device)
