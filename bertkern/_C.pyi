@@ -14,6 +14,7 @@ are contiguous unless strides are passed for them and are written completely, wh
 import enum
 
 Strides = tuple[int, int, int]
+FourSizes = tuple[int, int, int, int]
 
 class DType(enum.Enum):
     """Element type of a tensor."""
@@ -59,10 +60,15 @@ def cpu_attention_fwd(
     v: int,
     out: int,
     lse: int,
+    bias: int,
     q_strides: Strides,
     k_strides: Strides,
     v_strides: Strides,
     out_strides: Strides,
+    bias_sizes: FourSizes,
+    bias_strides: FourSizes,
+    bias_dtype: DType | None,
+    key_padding_mask: int,
     cu_seqlens_q: int,
     cu_seqlens_k: int,
     key_lengths: int,
@@ -70,9 +76,13 @@ def cpu_attention_fwd(
     seqlen_q: int,
     seqlen_k: int,
     heads: int,
+    key_heads: int,
     head_dim: int,
     dtype: DType,
     causal: int,
+    window_left: int,
+    window_right: int,
+    softcap: float,
     scale: float,
     dropout_threshold: int,
     dropout_scale: float,
@@ -80,14 +90,18 @@ def cpu_attention_fwd(
     sequence_offset: int,
     threads: int,
 ) -> None:
-    """out = dropout(softmax(scale · q kᵀ)) v, lse = log Σ exp(scale · q kᵀ).
+    """out = dropout(softmax(score(q kᵀ))) v, lse = log Σ exp(score), score(x) = softcap(scale · x)
+    + bias.
 
-    Strides are (batch, sequence, head). Batched: q, out [B, Sq, H, D], k, v [B, Sk, H, D], lse fp32
-    [B, H, Sq], key_lengths int32 [B] or 0. Variable length (cu_seqlens_* int32 [B + 1], both or
-    neither):
-    q, out [Tq, H, D], k, v [Tk, H, D], lse fp32 [H, Tq]; the strides' batch entry is ignored,
-    seqlen_q is
-    Tq and seqlen_k is Tk. Raises ValueError for lengths that leave the tensors.
+    Strides are (batch, sequence, head). Batched: q, out [B, Sq, H, D], k, v [B, Sk, Hk, D], lse
+    fp32 [B, H, Sq], key_lengths int32 [B] or 0, key_padding_mask bool [B, Sk] contiguous or 0.
+    Variable length (cu_seqlens_* int32 [B + 1], both or neither): q, out [Tq, H, D], k, v
+    [Tk, Hk, D], lse fp32 [H, Tq]; the strides' batch entry is ignored, seqlen_q is Tq and seqlen_k
+    is Tk. heads is a multiple of key_heads: query head h reads key head h // (heads / key_heads).
+    bias [B or 1, H or 1, Sq or 1, Sk or 1] (in variable length Sq and Sk are at least the longest
+    sequences'), or 0: added, in dtype or FLOAT32; with bias_dtype None bool, False being -inf.
+    causal: 0, 1 (bottom right) or 2 (top left); a window's side of -1 is open. Raises ValueError
+    for lengths that leave the tensors.
     """
 
 def cpu_attention_bwd(
@@ -98,14 +112,20 @@ def cpu_attention_bwd(
     out: int,
     lse: int,
     dlse: int,
+    bias: int,
     dq: int,
     dk: int,
     dv: int,
+    dbias: int,
     dout_strides: Strides,
     q_strides: Strides,
     k_strides: Strides,
     v_strides: Strides,
     out_strides: Strides,
+    bias_sizes: FourSizes,
+    bias_strides: FourSizes,
+    bias_dtype: DType | None,
+    key_padding_mask: int,
     cu_seqlens_q: int,
     cu_seqlens_k: int,
     key_lengths: int,
@@ -113,9 +133,13 @@ def cpu_attention_bwd(
     seqlen_q: int,
     seqlen_k: int,
     heads: int,
+    key_heads: int,
     head_dim: int,
     dtype: DType,
     causal: int,
+    window_left: int,
+    window_right: int,
+    softcap: float,
     scale: float,
     dropout_threshold: int,
     dropout_scale: float,
@@ -124,7 +148,8 @@ def cpu_attention_bwd(
     threads: int,
 ) -> None:
     """Gradients of cpu_attention_fwd. dq, dk, dv are contiguous in the layout of q, k, v; dlse
-    fp32 like lse, or 0."""
+    fp32 like lse, or 0. dbias is contiguous in bias's sizes and dtype, the sum over whatever bias
+    was broadcast over, in one order; or 0."""
 
 def cpu_layer_norm_fwd(
     x: int,

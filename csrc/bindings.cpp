@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -25,6 +26,7 @@ namespace {
 
 using Address = uintptr_t;
 using Strides = std::tuple<int64_t, int64_t, int64_t>;
+using FourSizes = std::array<int64_t, 4>;
 using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 
 template <typename T = void>
@@ -52,10 +54,34 @@ void check_residual(Address residual, Address z, uint32_t dropout_threshold, int
   check(residual != 0 || dropout_threshold == 0, "dropout needs a residual");
 }
 
-AttentionArguments attention_arguments(Address cu_seqlens_q, Address cu_seqlens_k,
-                                       Address key_lengths, int64_t batch, int64_t seqlen_q,
-                                       int64_t seqlen_k, int64_t heads, int64_t head_dim,
-                                       DType dtype, int causal, float scale, const Dropout& dropout,
+Bias bias_of(Address bias, const FourSizes& sizes, const FourSizes& strides,
+             std::optional<DType> bias_dtype, Address dbias, int64_t batch, int64_t heads,
+             DType dtype) {
+  Bias b{};
+  if (bias == 0) return b;
+  check((sizes[0] == 1 || sizes[0] == batch) && (sizes[1] == 1 || sizes[1] == heads),
+        "bias_sizes must begin with batch or 1, and heads or 1");
+  check(!bias_dtype || *bias_dtype == DType::kFloat32 || *bias_dtype == dtype,
+        "bias_dtype must be None (bool), FLOAT32 or dtype");
+  check(bias_dtype || dbias == 0, "a bool bias has no gradient");
+  b.kind = !bias_dtype                      ? BiasKind::kMask
+           : *bias_dtype == DType::kFloat32 ? BiasKind::kFloat32
+                                            : BiasKind::kSame;
+  b.data = at(bias);
+  b.grad = at(dbias);
+  for (int i = 0; i < 4; ++i) {
+    b.sizes[i] = sizes[i];
+    b.strides[i] = sizes[i] == 1 ? 0 : strides[i];
+  }
+  return b;
+}
+
+AttentionArguments attention_arguments(Address key_padding_mask, Address cu_seqlens_q,
+                                       Address cu_seqlens_k, Address key_lengths, int64_t batch,
+                                       int64_t seqlen_q, int64_t seqlen_k, int64_t heads,
+                                       int64_t key_heads, int64_t head_dim, DType dtype, int causal,
+                                       int64_t window_left, int64_t window_right, float softcap,
+                                       float scale, const Dropout& dropout,
                                        int64_t sequence_offset) {
   check(head_dim >= 1 && head_dim <= 256,
         "head_dim is " + std::to_string(head_dim) + "; allowed are 1 to 256");
@@ -63,8 +89,17 @@ AttentionArguments attention_arguments(Address cu_seqlens_q, Address cu_seqlens_
         "causal is " + std::to_string(causal) + "; allowed are 0, 1 (bottom right), 2 (top left)");
   check((cu_seqlens_q == 0) == (cu_seqlens_k == 0),
         "cu_seqlens_q and cu_seqlens_k must both be given, or neither");
-  check(batch >= 0 && seqlen_q >= 0 && seqlen_k >= 0 && heads >= 0, "sizes must not be negative");
+  check(cu_seqlens_q == 0 || key_padding_mask == 0,
+        "key_padding_mask is for the batched layout; cu_seqlens_q must not be given with it");
+  check(batch >= 0 && seqlen_q >= 0 && seqlen_k >= 0 && heads >= 0 && key_heads >= 0,
+        "sizes must not be negative");
+  check(key_heads == heads || (key_heads > 0 && heads % key_heads == 0),
+        "heads is " + std::to_string(heads) + "; it must be a multiple of key_heads, " +
+            std::to_string(key_heads));
+  check(window_left >= -1 && window_right >= -1, "a window's sides must be -1 (no limit) or more");
+  check(softcap >= 0, "softcap must be 0 (none) or positive");
   AttentionArguments a{};
+  a.key_padding_mask = at<const uint8_t>(key_padding_mask);
   a.cu_seqlens_q = at<const int32_t>(cu_seqlens_q);
   a.cu_seqlens_k = at<const int32_t>(cu_seqlens_k);
   a.key_lengths = at<const int32_t>(key_lengths);
@@ -72,53 +107,67 @@ AttentionArguments attention_arguments(Address cu_seqlens_q, Address cu_seqlens_
   a.seqlen_q = seqlen_q;
   a.seqlen_k = seqlen_k;
   a.heads = heads;
+  a.key_heads = key_heads;
   a.head_dim = head_dim;
   a.dtype = dtype;
   a.causal = causal;
+  a.window_left = window_left;
+  a.window_right = window_right;
+  a.softcap = softcap;
   a.scale = scale;
   a.dropout = dropout;
   a.sequence_offset = sequence_offset;
   return a;
 }
 
-void cpu_attention_fwd(Address q, Address k, Address v, Address out, Address lse, Strides q_strides,
-                       Strides k_strides, Strides v_strides, Strides out_strides,
+void cpu_attention_fwd(Address q, Address k, Address v, Address out, Address lse, Address bias,
+                       Strides q_strides, Strides k_strides, Strides v_strides, Strides out_strides,
+                       FourSizes bias_sizes, FourSizes bias_strides,
+                       std::optional<DType> bias_dtype, Address key_padding_mask,
                        Address cu_seqlens_q, Address cu_seqlens_k, Address key_lengths,
                        int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t heads,
-                       int64_t head_dim, DType dtype, int causal, float scale,
+                       int64_t key_heads, int64_t head_dim, DType dtype, int causal,
+                       int64_t window_left, int64_t window_right, float softcap, float scale,
                        uint32_t dropout_threshold, float dropout_scale, int64_t dropout_seed,
                        int64_t sequence_offset, int threads) {
   AttentionArguments a = attention_arguments(
-      cu_seqlens_q, cu_seqlens_k, key_lengths, batch, seqlen_q, seqlen_k, heads, head_dim, dtype,
-      causal, scale, dropout_of(dropout_threshold, dropout_scale, dropout_seed), sequence_offset);
+      key_padding_mask, cu_seqlens_q, cu_seqlens_k, key_lengths, batch, seqlen_q, seqlen_k, heads,
+      key_heads, head_dim, dtype, causal, window_left, window_right, softcap, scale,
+      dropout_of(dropout_threshold, dropout_scale, dropout_seed), sequence_offset);
   a.q = strided(q, q_strides);
   a.k = strided(k, k_strides);
   a.v = strided(v, v_strides);
   a.out = strided(out, out_strides);
+  a.bias = bias_of(bias, bias_sizes, bias_strides, bias_dtype, 0, batch, heads, dtype);
   a.lse = at<float>(lse);
   cpu::attention_fwd(a, threads);
 }
 
 void cpu_attention_bwd(Address dout, Address q, Address k, Address v, Address out, Address lse,
-                       Address dlse, Address dq, Address dk, Address dv, Strides dout_strides,
-                       Strides q_strides, Strides k_strides, Strides v_strides, Strides out_strides,
-                       Address cu_seqlens_q, Address cu_seqlens_k, Address key_lengths,
-                       int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t heads,
-                       int64_t head_dim, DType dtype, int causal, float scale,
+                       Address dlse, Address bias, Address dq, Address dk, Address dv,
+                       Address dbias, Strides dout_strides, Strides q_strides, Strides k_strides,
+                       Strides v_strides, Strides out_strides, FourSizes bias_sizes,
+                       FourSizes bias_strides, std::optional<DType> bias_dtype,
+                       Address key_padding_mask, Address cu_seqlens_q, Address cu_seqlens_k,
+                       Address key_lengths, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
+                       int64_t heads, int64_t key_heads, int64_t head_dim, DType dtype, int causal,
+                       int64_t window_left, int64_t window_right, float softcap, float scale,
                        uint32_t dropout_threshold, float dropout_scale, int64_t dropout_seed,
                        int64_t sequence_offset, int threads) {
   AttentionArguments a = attention_arguments(
-      cu_seqlens_q, cu_seqlens_k, key_lengths, batch, seqlen_q, seqlen_k, heads, head_dim, dtype,
-      causal, scale, dropout_of(dropout_threshold, dropout_scale, dropout_seed), sequence_offset);
-  const int64_t token = heads * head_dim;
+      key_padding_mask, cu_seqlens_q, cu_seqlens_k, key_lengths, batch, seqlen_q, seqlen_k, heads,
+      key_heads, head_dim, dtype, causal, window_left, window_right, softcap, scale,
+      dropout_of(dropout_threshold, dropout_scale, dropout_seed), sequence_offset);
+  const int64_t token = heads * head_dim, key_token = key_heads * head_dim;
   a.q = strided(q, q_strides);
   a.k = strided(k, k_strides);
   a.v = strided(v, v_strides);
   a.out = strided(out, out_strides);
   a.dout = strided(dout, dout_strides);
   a.dq = strided(dq, {seqlen_q * token, token, head_dim});
-  a.dk = strided(dk, {seqlen_k * token, token, head_dim});
-  a.dv = strided(dv, {seqlen_k * token, token, head_dim});
+  a.dk = strided(dk, {seqlen_k * key_token, key_token, head_dim});
+  a.dv = strided(dv, {seqlen_k * key_token, key_token, head_dim});
+  a.bias = bias_of(bias, bias_sizes, bias_strides, bias_dtype, dbias, batch, heads, dtype);
   a.lse = at<float>(lse);
   a.dlse = at<const float>(dlse);
   cpu::attention_bwd(a, threads);
@@ -300,22 +349,26 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_layer_norm_partials", &cuda::layer_norm_partials, "rows"_a,
         "P, the rows of the `partial` buffer of cuda_layer_norm_bwd.");
 
-  m.def("cpu_attention_fwd", &cpu_attention_fwd, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a,
-        "q_strides"_a, "k_strides"_a, "v_strides"_a, "out_strides"_a, "cu_seqlens_q"_a,
-        "cu_seqlens_k"_a, "key_lengths"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "heads"_a,
-        "head_dim"_a, "dtype"_a, "causal"_a, "scale"_a, "dropout_threshold"_a, "dropout_scale"_a,
-        "dropout_seed"_a, "sequence_offset"_a, "threads"_a, ReleaseGil(),
-        "out = dropout(softmax(scale q k^T)) v and its lse. q, out [B, Sq, H, D], k, v [B, Sk, H, "
-        "D], or "
-        "[T, H, D] with cu_seqlens; strides (batch, sequence, head); lse fp32 [B, H, Sq] or [H, "
-        "Tq]. ");
-  m.def("cpu_attention_bwd", &cpu_attention_bwd, "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a,
-        "dlse"_a, "dq"_a, "dk"_a, "dv"_a, "dout_strides"_a, "q_strides"_a, "k_strides"_a,
-        "v_strides"_a, "out_strides"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a, "key_lengths"_a,
-        "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "heads"_a, "head_dim"_a, "dtype"_a, "causal"_a,
+  m.def("cpu_attention_fwd", &cpu_attention_fwd, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "bias"_a,
+        "q_strides"_a, "k_strides"_a, "v_strides"_a, "out_strides"_a, "bias_sizes"_a,
+        "bias_strides"_a, "bias_dtype"_a, "key_padding_mask"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a,
+        "key_lengths"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "heads"_a, "key_heads"_a,
+        "head_dim"_a, "dtype"_a, "causal"_a, "window_left"_a, "window_right"_a, "softcap"_a,
         "scale"_a, "dropout_threshold"_a, "dropout_scale"_a, "dropout_seed"_a, "sequence_offset"_a,
         "threads"_a, ReleaseGil(),
-        "dq, dk, dv of cpu_attention_fwd, contiguous in the layout of q, k, v. dlse may be 0.");
+        "out = dropout(softmax(score(q k^T))) v and its lse. q, out [B, Sq, H, D], k, v [B, Sk, "
+        "Hk, D], or [T, ., D] with cu_seqlens; strides (batch, sequence, head); lse fp32 [B, H, "
+        "Sq] or [H, Tq]; bias [B or 1, H or 1, Sq or 1, Sk or 1].");
+  m.def("cpu_attention_bwd", &cpu_attention_bwd, "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a,
+        "dlse"_a, "bias"_a, "dq"_a, "dk"_a, "dv"_a, "dbias"_a, "dout_strides"_a, "q_strides"_a,
+        "k_strides"_a, "v_strides"_a, "out_strides"_a, "bias_sizes"_a, "bias_strides"_a,
+        "bias_dtype"_a, "key_padding_mask"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a, "key_lengths"_a,
+        "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "heads"_a, "key_heads"_a, "head_dim"_a, "dtype"_a,
+        "causal"_a, "window_left"_a, "window_right"_a, "softcap"_a, "scale"_a,
+        "dropout_threshold"_a, "dropout_scale"_a, "dropout_seed"_a, "sequence_offset"_a,
+        "threads"_a, ReleaseGil(),
+        "dq, dk, dv of cpu_attention_fwd, contiguous in the layout of q, k, v, and dbias, "
+        "contiguous, or 0. dlse may be 0.");
   m.def("cpu_layer_norm_fwd", &cpu_layer_norm_fwd, "x"_a, "residual"_a, "weight"_a, "bias"_a, "y"_a,
         "z"_a, "mean"_a, "rstd"_a, "dropout_rows"_a, "x_stride"_a, "residual_stride"_a, "rows"_a,
         "cols"_a, "dtype"_a, "weight_dtype"_a, "bias_dtype"_a, "eps"_a, "dropout_threshold"_a,

@@ -136,7 +136,6 @@ def attention_bwd_dq_kernel(
     v_ptr += bl * stride_vb + hk * stride_vh + start_k * stride_vs
     out_ptr += bl * stride_ob + hl * stride_oh + start_q * stride_os
     dout_ptr += bl * stride_gb + hl * stride_gh + start_q * stride_gs
-    dq_ptr += bl * stride_dqb + start_q * stride_dqs
     lse_ptr += bl * stride_lb + hl * stride_lh + start_q
     delta_ptr += bl * stride_lb + hl * stride_lh + start_q
     if BIAS != 0:
@@ -175,13 +174,18 @@ def attention_bwd_dq_kernel(
         a, b_key = stream_keys(seed_ptr, b + sequence_offset, head)
         row_a, row_b = row_keys(a, b_key, rows)
     dq_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if keys_end - first_block <= BLOCK_N:
-        dq_MD, delta_M = _keys_step(
-            dq_MD, q_MD, dout_MD, lse_M, delta_M, dlse_M, k_ptr, v_ptr, bias_ptr, keys_ptr,
-            stride_ks, stride_vs, stride_bq, stride_bk, first_block, rows, len_q, keys_start,
-            keys_end, low, high, scale, softcap, row_a, row_b, threshold, keep_scale,
-            HEAD_DIM, BLOCK_D, BLOCK_N, LOW, HIGH, SOFTCAP, BIAS, KEY_PADDING, DROPOUT, FOLD,
-            True, True, PRECISION)  # fmt: skip
+    few_keys = keys_end - first_block <= BLOCK_N
+    if BLOCK_D > 128:  # whose registers do not suffice for a branch more
+        few_keys = tl.full((), 0, tl.int1)
+    if few_keys:
+        # A loop for its loads, which so go through shared memory and hold no registers.
+        for start_n in range(first_block, keys_end, BLOCK_N):
+            dq_MD, delta_M = _keys_step(
+                dq_MD, q_MD, dout_MD, lse_M, delta_M, dlse_M, k_ptr, v_ptr, bias_ptr, keys_ptr,
+                stride_ks, stride_vs, stride_bq, stride_bk, start_n, rows, len_q, keys_start,
+                keys_end, low, high, scale, softcap, row_a, row_b, threshold, keep_scale,
+                HEAD_DIM, BLOCK_D, BLOCK_N, LOW, HIGH, SOFTCAP, BIAS, KEY_PADDING, DROPOUT, FOLD,
+                True, True, PRECISION)  # fmt: skip
     else:
         for start_n in range(first_block, whole, BLOCK_N):
             dq_MD, delta_M = _keys_step(
@@ -198,4 +202,5 @@ def attention_bwd_dq_kernel(
                 HEAD_DIM, BLOCK_D, BLOCK_N, LOW, HIGH, SOFTCAP, BIAS, KEY_PADDING, DROPOUT, FOLD,
                 True, False, PRECISION)  # fmt: skip
     tl.store(delta_ptr + rows, delta_M, mask=rows < len_q)
+    dq_ptr += bl * stride_dqb + start_q * stride_dqs
     store_rows(dq_ptr, stride_dqs, dq_MD * scale, rows, len_q, HEAD_DIM, BLOCK_D)

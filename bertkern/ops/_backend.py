@@ -11,7 +11,7 @@ float64 is always the reference formula.
 import functools
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -34,11 +34,6 @@ _CPU_MODULE = {
     "ffn": "_cpu_linear",
     "linear": "_cpu_linear",
     "linear_cross_entropy": "_cpu_linear_cross_entropy",
-}
-# Options of an op that a backend's kernels do not have.
-_LACKS = {
-    ("cpu", "attention"): ("bias", "key_padding_mask", "window", "softcap", "grouped heads"),
-    ("cpu", "attention_decode"): ("bias", "window", "softcap", "grouped heads"),
 }
 _MAX_HEAD_DIM = 256
 _MAX_TRITON_COLUMNS = 65536
@@ -142,14 +137,10 @@ def _cannot(
     device: torch.device,
     head_dim: int,
     columns: int,
-    options: Sequence[str],
 ) -> str | None:
     """Why a backend cannot compute this call; None when it can."""
     if op not in _OPS[name]:
         return f"it has no {op} kernel"
-    for option in options:
-        if option in _LACKS.get((name, op), ()):
-            return f"its {op} has no {option}"
     reason = unusable(name, device.type)
     if reason is not None:
         return reason
@@ -190,7 +181,6 @@ def implementation(
     *,
     head_dim: int = 0,
     columns: int = 0,
-    options: Sequence[str] = (),
 ) -> Callable[..., Any]:
     """The function that computes a call.
 
@@ -199,14 +189,13 @@ def implementation(
         direction: "_fwd", "_bwd", or "" for an op that is its own backward.
         x: a tensor with the call's device and dtype.
         head_dim, columns: the sizes that decide what a kernel can hold; 0 where they do not apply.
-        options: the call's options that some backend lacks (`_LACKS`).
 
     Raises:
         NotImplementedError: the forced backend cannot compute it; the message says why.
         ValueError: BERTKERN_BACKEND holds an unknown name.
     """
     forced = _forced or _environment_backend()
-    return _choose(op, direction, x.dtype, x.device, head_dim, columns, tuple(options), forced)
+    return _choose(op, direction, x.dtype, x.device, head_dim, columns, forced)
 
 
 @functools.lru_cache(maxsize=4096)  # the rules cost more host time than the rest of an op's call
@@ -217,20 +206,19 @@ def _choose(
     device: torch.device,
     head_dim: int,
     columns: int,
-    options: tuple[str, ...],
     forced: str | None,
 ) -> Callable[..., Any]:
     function = op + direction
     if dtype not in KERNEL_DTYPES or device.type == "meta":
         return _function("reference", op, function)
     if forced is not None:
-        reason = _cannot(forced, op, dtype, device, head_dim, columns, options)
+        reason = _cannot(forced, op, dtype, device, head_dim, columns)
         if reason is not None:
             raise NotImplementedError(
                 f"backend={forced!r} cannot compute {op} on {device.type} in {dtype}: {reason}"
             )
         return _function(forced, op, function)
     for name in _PREFERENCE.get(device.type, ("reference",)):
-        if _cannot(name, op, dtype, device, head_dim, columns, options) is None:
+        if _cannot(name, op, dtype, device, head_dim, columns) is None:
             return _function(name, op, function)
     raise AssertionError("the reference backend computes everything")

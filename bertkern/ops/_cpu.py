@@ -53,20 +53,40 @@ def _strides(t: Tensor) -> tuple[int, int, int]:
     return batch, sequence, head
 
 
+def _bias_options(bias: Tensor | None) -> dict[str, Any]:
+    if bias is None:
+        nothing = (0, 0, 0, 0)
+        return {"bias": 0, "bias_sizes": nothing, "bias_strides": nothing, "bias_dtype": None}
+    return {
+        "bias": address(bias),
+        "bias_sizes": tuple(bias.shape),
+        "bias_strides": bias.stride(),
+        "bias_dtype": None if bias.dtype == torch.bool else DTYPES[bias.dtype],
+    }
+
+
 def _attention_options(
     q: Tensor,
     k: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     key_lengths: Tensor | None,
     dropout_seed: Tensor | None,
     causal: int,
+    window_left: int,
+    window_right: int,
+    softcap: float,
     dropout_p: float,
     scale: float,
     sequence_offset: int,
 ) -> dict[str, Any]:
+    """What both directions take; key_padding_mask is contiguous."""
     varlen = cu_seqlens_q is not None
     return {
+        **_bias_options(bias),
+        "key_padding_mask": address(key_padding_mask),
         "cu_seqlens_q": address(cu_seqlens_q),
         "cu_seqlens_k": address(cu_seqlens_k),
         "key_lengths": address(key_lengths),
@@ -74,9 +94,13 @@ def _attention_options(
         "seqlen_q": q.shape[0] if varlen else q.shape[1],
         "seqlen_k": k.shape[0] if varlen else k.shape[1],
         "heads": q.shape[-2],
+        "key_heads": k.shape[-2],
         "head_dim": q.shape[-1],
         "dtype": DTYPES[q.dtype],
         "causal": causal,
+        "window_left": window_left,
+        "window_right": window_right,
+        "softcap": softcap,
         "scale": scale,
         "sequence_offset": sequence_offset,
         "threads": torch.get_num_threads(),
@@ -108,6 +132,7 @@ def attention_fwd(
     out = torch.empty(q.shape, dtype=q.dtype)
     lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     lse = torch.empty(lse_shape, dtype=torch.float32)
+    keys = None if key_padding_mask is None else key_padding_mask.contiguous()
     _C.cpu_attention_fwd(
         q=address(q),
         k=address(k),
@@ -121,11 +146,16 @@ def attention_fwd(
         **_attention_options(
             q,
             k,
+            bias,
+            keys,
             cu_seqlens_q,
             cu_seqlens_k,
             key_lengths,
             dropout_seed,
             causal,
+            window_left,
+            window_right,
+            softcap,
             dropout_p,
             scale,
             sequence_offset,
@@ -159,11 +189,13 @@ def attention_bwd(
     sequence_offset: int,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dq, dk, dv, None)."""
+    """(dq, dk, dv, dbias); dbias only if bias_grad."""
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     lse = lse.contiguous()
+    keys = None if key_padding_mask is None else key_padding_mask.contiguous()
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
+    dbias = torch.empty(bias.shape, dtype=bias.dtype) if bias_grad and bias is not None else None
     _C.cpu_attention_bwd(
         dout=address(dout),
         q=address(q),
@@ -175,6 +207,7 @@ def attention_bwd(
         dq=address(dq),
         dk=address(dk),
         dv=address(dv),
+        dbias=address(dbias),
         dout_strides=_strides(dout),
         q_strides=_strides(q),
         k_strides=_strides(k),
@@ -183,17 +216,22 @@ def attention_bwd(
         **_attention_options(
             q,
             k,
+            bias,
+            keys,
             cu_seqlens_q,
             cu_seqlens_k,
             key_lengths,
             dropout_seed,
             causal,
+            window_left,
+            window_right,
+            softcap,
             dropout_p,
             scale,
             sequence_offset,
         ),
     )
-    return dq, dk, dv, None
+    return dq, dk, dv, dbias
 
 
 def _layer_norm_fwd(

@@ -30,23 +30,8 @@ _OPTIONS = (
 )
 
 
-def _used(
-    q: Tensor, k: Tensor, bias: Tensor | None, key_padding_mask: Tensor | None, *rest: Any
-) -> list[str]:
-    """The options of a call that not every backend has."""
-    window_left, window_right, softcap = rest[7:10]
-    used = [] if q.shape[-2] == k.shape[-2] else ["grouped heads"]
-    used += [] if bias is None else ["bias"]
-    used += [] if key_padding_mask is None else ["key_padding_mask"]
-    used += ["window"] if window_left >= 0 or window_right >= 0 else []
-    return [*used, "softcap"] if softcap else used
-
-
 def _fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    function = implementation(
-        "attention", "_fwd", q, head_dim=q.shape[-1], options=_used(q, k, *rest)
-    )
-    return function(q, k, v, *rest)
+    return implementation("attention", "_fwd", q, head_dim=q.shape[-1])(q, k, v, *rest)
 
 
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -55,9 +40,7 @@ def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tens
 
 
 def _bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    function = implementation(
-        "attention", "_bwd", q, head_dim=q.shape[-1], options=_used(q, k, *rest[3:])
-    )
+    function = implementation("attention", "_bwd", q, head_dim=q.shape[-1])
     dq, dk, dv, dbias = function(dout, q, k, v, *rest)
     return dq, dk, dv, present(dbias, q)
 

@@ -26,25 +26,8 @@ from .attention import MAX_HEAD_DIM, _window, bias_matrices
 _OP = "attention_decode"
 
 
-def _decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_lengths: Tensor,
-    bias: Tensor | None,
-    window_left: int,
-    softcap: float,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    used = {
-        "grouped heads": q.shape[1] != k_cache.shape[2],
-        "bias": bias is not None,
-        "window": window_left >= 0,
-        "softcap": softcap != 0.0,
-    }
-    options = [name for name, is_used in used.items() if is_used]
-    function = implementation(_OP, "", q, head_dim=q.shape[-1], options=options)
-    return function(q, k_cache, v_cache, cache_lengths, bias, window_left, softcap, scale)
+def _decode(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return implementation(_OP, "", q, head_dim=q.shape[-1])(q, *rest)
 
 
 def _decode_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

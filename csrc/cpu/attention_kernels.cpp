@@ -3,11 +3,13 @@
 //
 //   s = (scale · q) kᵀ,  p = exp(s − m),  l = Σ p,  out = dropout(p) v / l,  lse = m + log l
 //
+// kOptions: s goes through the cap, bias and masks of attention_score.h first.
+//
 // Keys come in blocks of kKeyBlock with the running maximum m and sum l of the online softmax
 // (Milakov and Gimelshein 2018); a sequence of up to kKeyBlock keys is one block, and nothing is
 // ever rescaled. Inside a block, queries come in groups of kQueryBlock whose scores stay in the
 // cache. Compiled once per instruction set (see params.h).
-#include "attention_kernels.h"
+#include "attention_score.h"
 
 namespace bertkern::BERTKERN_ISA {
 
@@ -25,9 +27,11 @@ namespace {
 // to `end`, a multiple of kWidth. m becomes the larger of itself and the block's maximum, l the sum
 // so far. Returns exp(m_before − m): what earlier results are worth.
 float softmax_row(float* s, int64_t allowed, int64_t end, float& m, float& l) {
-  constexpr float kInfinity = __builtin_inff();
   const int64_t used = round_up(allowed, kWidth);
-  for (int64_t j = allowed; j < used; ++j) s[j] = -kInfinity;
+  if (allowed < used) {  // by a whole vector: the loads below would wait for parts of one
+    float* last = s + used - kWidth;
+    store(last, select(first_lanes(allowed - used + kWidth), load(last), splat(-kInfinity)));
+  }
   Vf most[2] = {splat(-kInfinity), splat(-kInfinity)};
   int64_t j = 0;
   for (; j + 2 * kWidth <= used; j += 2 * kWidth) {
@@ -54,7 +58,7 @@ float softmax_row(float* s, int64_t allowed, int64_t end, float& m, float& l) {
   return alpha;
 }
 
-template <typename T>
+template <typename T, bool kOptions>
 void fwd(const AttentionHead& h, int64_t first, int64_t last, float* scratch) {
   const int64_t width = round_up(h.head_dim, kPanel);
   const int64_t key_room = key_columns(h.len_k);
@@ -68,75 +72,95 @@ void fwd(const AttentionHead& h, int64_t first, int64_t last, float* scratch) {
   float* m = acc + queries * width;  // [queries]
   float* l = m + queries;            // [queries]
   for (int64_t i = 0; i < queries; ++i) {
-    m[i] = -__builtin_inff();
+    m[i] = -kInfinity;
     l[i] = 0.0f;
   }
   const T* q = static_cast<const T*>(h.q);
   for (int64_t block = 0; block < h.len_k; block += kKeyBlock) {
     const int64_t keys = h.len_k - block < kKeyBlock ? h.len_k - block : kKeyBlock;
     if (allowed_keys(h, last - 1) <= block) break;
+    if (kOptions && first_allowed(h, first) >= block + keys) continue;
     pack_transposed(static_cast<const T*>(h.k) + block * h.k_row, h.k_row, keys, h.head_dim,
                     k_panels, row_scratch);
     pack(static_cast<const T*>(h.v) + block * h.v_row, h.v_row, keys, h.head_dim, key_room,
          v_panels);
+    if constexpr (kOptions) {
+      clear_columns(h, block, keys, k_panels);
+      clear_rows(h, block, keys, key_room, v_panels);
+    }
     for (int64_t start = first; start < last; start += kQueryBlock) {
       const int64_t count = last - start < kQueryBlock ? last - start : kQueryBlock;
       // Later queries see at least as many keys as earlier ones.
       const int64_t seen = clamp_keys(allowed_keys(h, start + count - 1) - block, keys);
-      if (seen <= 0) continue;
-      read_rows(q + start * h.q_row, h.q_row, count, h.head_dim, h.scale, q_rows, width);
-      multiply<false>(q_rows, width, 1, k_panels, count, seen, h.head_dim, h.head_dim, scores,
-                      key_room);
+      // Keys of the block that some of these queries see: [from, seen).
+      const int64_t from = kOptions ? first_column(h, start, block) : 0;
+      if (seen <= from) continue;
+      const bool first_block =
+          kOptions ? block == first_allowed(h, start) / kKeyBlock * kKeyBlock : block == 0;
+      const int64_t end = round_up(seen, kWidth);
+      read_rows(q + start * h.q_row, h.q_row, count, h.head_dim,
+                kOptions ? product_scale(h) : h.scale, q_rows, width);
+      multiply<false>(q_rows, width, 1, k_panels + from * h.head_dim, count, seen - from,
+                      h.head_dim, h.head_dim, scores + from, key_room);
       float* out_rows = acc + (start - first) * width;
       for (int64_t i = 0; i < round_up(count, kRows); ++i) {
         const int64_t row = start - first + i;
         float* s = scores + i * key_room;
         const int64_t allowed =
             i < count ? clamp_keys(allowed_keys(h, start + i) - block, keys) : 0;
+        const bool sees = allowed > (kOptions ? first_allowed(h, start + i) - block : 0);
         float alpha = 1.0f;
-        if (allowed > 0) {
-          alpha = softmax_row(s, allowed, round_up(seen, kWidth), m[row], l[row]);
+        if (sees) {
+          if constexpr (kOptions) finish_scores<T>(h, start + i, block, from, allowed, s, nullptr);
+          alpha = softmax_row(s + from, allowed - from, end - from, m[row], l[row]);
         } else {
-          clear(s, 0, round_up(seen, kWidth));
+          clear(s, from, end);
         }
-        if (h.dropout_threshold != 0 && allowed > 0) {
-          drop(s, block, allowed, dropout_row(h.stream, static_cast<uint32_t>(start + i)),
-               h.dropout_threshold, h.dropout_scale);
+        if (h.dropout_threshold != 0 && sees) {
+          drop_keys(h, start + i, block + from, allowed - from, s + from);
         }
-        if (block == 0) continue;
+        if (first_block) continue;
         for (int64_t d = 0; alpha != 1.0f && d < width; d += kWidth) {
           store(out_rows + i * width + d, load(out_rows + i * width + d) * alpha);
         }
       }
-      if (block == 0) {
-        multiply<false>(scores, key_room, 1, v_panels, count, h.head_dim, seen, key_room, out_rows,
-                        width);
+      if (first_block) {
+        multiply<false>(scores + from, key_room, 1, v_panels + from * kPanel, count, h.head_dim,
+                        seen - from, key_room, out_rows, width);
       } else {
-        multiply<true>(scores, key_room, 1, v_panels, count, h.head_dim, seen, key_room, out_rows,
-                       width);
+        multiply<true>(scores + from, key_room, 1, v_panels + from * kPanel, count, h.head_dim,
+                       seen - from, key_room, out_rows, width);
       }
     }
   }
   for (int64_t i = first; i < last; ++i) {
     T* out = static_cast<T*>(h.out) + i * h.out_row;
     float* row = acc + (i - first) * width;
-    const bool empty = allowed_keys(h, i) <= 0;
+    // Without a mask of values, scores that are all −inf must give NaN, as torch has it.
+    bool empty = allowed_keys(h, i) <= (kOptions ? first_allowed(h, i) : 0);
+    if (kOptions && masked_by_values(h)) empty = l[i - first] == 0.0f;
     const float inverse = 1.0f / l[i - first];
     for (int64_t d = 0; d < width; d += kWidth) {
       store(row + d, empty ? Vf{} : load(row + d) * inverse);
     }
     write_row(row, out, h.head_dim);
-    h.lse[i] = empty ? -__builtin_inff() : m[i - first] + __builtin_logf(l[i - first]);
+    h.lse[i] = empty ? -kInfinity : m[i - first] + __builtin_logf(l[i - first]);
   }
+}
+
+template <typename T>
+void choose_fwd(const AttentionHead& h, int64_t first, int64_t last, float* scratch) {
+  if (has_options(h)) return fwd<T, true>(h, first, last, scratch);
+  fwd<T, false>(h, first, last, scratch);
 }
 
 }  // namespace
 
 void attention_fwd(const AttentionHead& head, DType dtype, int64_t first, int64_t last,
                    float* scratch) {
-  if (dtype == DType::kFloat32) return fwd<float>(head, first, last, scratch);
-  if (dtype == DType::kFloat16) return fwd<Half>(head, first, last, scratch);
-  return fwd<BFloat16>(head, first, last, scratch);
+  if (dtype == DType::kFloat32) return choose_fwd<float>(head, first, last, scratch);
+  if (dtype == DType::kFloat16) return choose_fwd<Half>(head, first, last, scratch);
+  return choose_fwd<BFloat16>(head, first, last, scratch);
 }
 
 }  // namespace bertkern::BERTKERN_ISA

@@ -7,19 +7,35 @@
 
 namespace bertkern::BERTKERN_ISA {
 
+constexpr float kInfinity = __builtin_inff();
 constexpr int64_t kKeyBlock = 512;          // a multiple of 16, which drop() relies on
 constexpr int64_t kQueryBlock = 4 * kRows;  // scores of a block: at most 48 or 96 KB
 
 // Scores of a row take whole panels, and the 16 columns that drop() works on.
+constexpr int64_t kColumnStep = kPanel < 16 ? 16 : kPanel;
+
 constexpr int64_t key_columns(int64_t keys) {
-  return round_up(keys < kKeyBlock ? keys : kKeyBlock, kPanel < 16 ? 16 : kPanel);
+  return round_up(keys < kKeyBlock ? keys : kKeyBlock, kColumnStep);
 }
 
-// Keys that query i sees are [0, allowed_keys); may be negative.
+// Keys that query i sees are [first_allowed, allowed_keys), less what masks take away. The first is
+// not negative, the other may be, and may be less than the first.
+BERTKERN_INLINE int64_t first_allowed(const AttentionHead& h, int64_t i) {
+  return i + h.low > 0 ? i + h.low : 0;
+}
 BERTKERN_INLINE int64_t allowed_keys(const AttentionHead& h, int64_t i) {
-  if (!h.causal) return h.len_k;
-  const int64_t seen = i + h.causal_offset + 1;
+  const int64_t seen = i + h.high + 1;
   return seen < h.len_k ? seen : h.len_k;
+}
+
+// Whether what a query sees is decided by values; else its index decides alone.
+BERTKERN_INLINE bool masked_by_values(const AttentionHead& h) {
+  return h.bias_kind != BiasKind::kNone || h.kept != nullptr;
+}
+
+// Whether scores are more than scaled products, cut at allowed_keys.
+BERTKERN_INLINE bool has_options(const AttentionHead& h) {
+  return masked_by_values(h) || h.softcap != 0.0f || first_allowed(h, h.len_q - 1) > 0;
 }
 
 BERTKERN_INLINE int64_t clamp_keys(int64_t n, int64_t keys) {
@@ -40,6 +56,13 @@ BERTKERN_INLINE void read_rows(const T* source, int64_t row, int64_t count, int6
     }
     for (; c < width; c += kWidth) store(to + c, Vf{});
   }
+}
+
+// Lanes [0, n): all ones; the others: 0.
+BERTKERN_INLINE Vi first_lanes(int64_t n) {
+  Vi lane{};
+  for (int i = 0; i < kWidth; ++i) lane[i] = i;
+  return lane < static_cast<int32_t>(n);
 }
 
 // Clears row[from, to); `to` is a multiple of kWidth.

@@ -26,6 +26,18 @@ struct Strided {
   int64_t batch, seq, head;
 };
 
+enum class BiasKind : int { kNone, kMask, kFloat32, kSame };  // kSame: in the tensors' dtype
+
+// A bias [B or 1, H or 1, Sq or 1, Sk or 1] by its sizes and strides; a size of 1 has stride 0.
+struct Bias {
+  BiasKind kind;
+  const void* data;
+  void* grad;  // contiguous; null: not wanted
+  int64_t sizes[4], strides[4];
+};
+
+constexpr int64_t kNoLimit = int64_t{1} << 40;  // a window's side that is open
+
 struct AttentionArguments {
   Strided q, k, v, out;
   Strided dout, dq, dk, dv;  // backward only
@@ -34,28 +46,39 @@ struct AttentionArguments {
   const int32_t* cu_seqlens_q;
   const int32_t* cu_seqlens_k;
   const int32_t* key_lengths;
-  int64_t batch, seqlen_q, seqlen_k, heads, head_dim;
+  const uint8_t* key_padding_mask;  // [B, Sk]; may be null
+  Bias bias;
+  int64_t batch, seqlen_q, seqlen_k, heads, key_heads, head_dim;
   DType dtype;
   int causal;
-  float scale;
+  int64_t window_left, window_right;  // -1: no limit
+  float softcap, scale;
   Dropout dropout;
   int64_t sequence_offset;
 };
 
-// One (sequence, head): pointers to its first rows.
+// One (sequence, head): pointers to its first rows. Keys that no query sees, before the first that
+// one does, are not there: key 0 is the sequence's key first_key.
 struct AttentionHead {
   const void *q, *k, *v;
   void* out;
   const void* dout;
   void *dq, *dk, *dv;
+  bool float_sums;    // dk and dv are fp32, whatever the other tensors are
   float* lse;         // stride 1 over queries
   const float* dlse;  // may be null
-  int64_t len_q, len_k;
+  int64_t len_q, len_k, first_key;
   int64_t q_row, k_row, v_row, out_row, dout_row, dq_row, dk_row, dv_row;  // strides over tokens
-  int64_t causal_offset;  // query i sees key j when j <= i + causal_offset
-  bool causal;
+  int64_t low, high;    // query i sees key j when i + low <= j <= i + high
+  const uint8_t* kept;  // [len_k]: 0 for a key that is padding; null: none is
+  BiasKind bias_kind;
+  const void* bias;
+  int64_t bias_row, bias_key;  // strides
+  // fp32, dbias_floats of them, completely written; null: not wanted. A stride of 0 sums.
+  float* dbias;
+  int64_t dbias_row, dbias_key, dbias_floats;
   int head_dim;
-  float scale;
+  float softcap, scale;
   uint32_t dropout_threshold;
   float dropout_scale;
   DropoutStream stream;

@@ -32,40 +32,55 @@ def _strides(t: Tensor) -> tuple[int, int, int]:
 
 
 def _sizes(q: Tensor, k: Tensor, cu: Tensor | None) -> tuple[int, ...]:
-    """(batch, seqlen_q, seqlen_k, heads, head_dim)"""
-    if cu is None:
-        return q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3]
-    return len(cu) - 1, q.shape[0], k.shape[0], q.shape[1], q.shape[2]
+    """(batch, seqlen_q, seqlen_k, heads, key_heads, head_dim)"""
+    batch, seqlen_q, seqlen_k = q.shape[0], q.shape[-3], k.shape[-3]
+    return len(cu) - 1 if cu is not None else batch, seqlen_q, seqlen_k, q.shape[-2], *k.shape[-2:]
+
+
+def _options(q, k, bias, keys, cu_q, cu_k, key_lengths, causal, window, softcap, drop, offset,
+             threads) -> tuple:  # fmt: skip
+    """The arguments that both directions end with."""
+    nothing = (0, 0, 0, 0)
+    shape, strides = (nothing, nothing) if bias is None else (tuple(bias.shape), bias.stride())
+    bias_dtype = None if bias is None else DTYPES.get(bias.dtype)
+    sizes = _sizes(q, k, cu_q)
+    return (
+        *(shape, strides, bias_dtype, at(keys), at(cu_q), at(cu_k), at(key_lengths)),
+        *(*sizes, DTYPES[q.dtype], causal, *window, softcap, sizes[-1] ** -0.5, *drop, offset),
+        threads,
+    )
 
 
 def attention_fwd(
-    q, k, v, cu_q=None, cu_k=None, key_lengths=None, causal=0, drop=NO_DROPOUT, offset=0, threads=2
-):
-    sizes = _sizes(q, k, cu_q)
-    batch, seqlen_q, _, heads, head_dim = sizes
+    q, k, v, cu_q=None, cu_k=None, key_lengths=None, causal=0, drop=NO_DROPOUT, offset=0, threads=2,
+    bias=None, keys=None, window=(-1, -1), softcap=0.0,
+):  # fmt: skip
+    batch, seqlen_q, _, heads, *_ = _sizes(q, k, cu_q)
     out = poisoned(*q.shape, dtype=q.dtype)
     lse = poisoned(heads, seqlen_q) if cu_q is not None else poisoned(batch, heads, seqlen_q)
     _C.cpu_attention_fwd(
-        *(at(q), at(k), at(v), at(out), at(lse)),
+        *(at(q), at(k), at(v), at(out), at(lse), at(bias)),
         *(_strides(q), _strides(k), _strides(v), _strides(out)),
-        *(at(cu_q), at(cu_k), at(key_lengths), *sizes, DTYPES[q.dtype], causal, head_dim**-0.5),
-        *(*drop, offset, threads),
-    )
+        *_options(q, k, bias, keys, cu_q, cu_k, key_lengths, causal, window, softcap, drop, offset,
+                  threads),
+    )  # fmt: skip
     return out, lse
 
 
 def attention_bwd(
     dout, q, k, v, out, lse, dlse=None, cu_q=None, cu_k=None, key_lengths=None, causal=0,
-    drop=NO_DROPOUT, offset=0, threads=2,
+    drop=NO_DROPOUT, offset=0, threads=2, bias=None, keys=None, window=(-1, -1), softcap=0.0,
 ):  # fmt: skip
-    sizes = _sizes(q, k, cu_q)
-    grads = [poisoned(*t.shape, dtype=t.dtype) for t in (q, k, v)]
+    """[dq, dk, dv], and dbias where there is a bias that is not bool."""
+    wanted = [q, k, v] if bias is None or bias.dtype == torch.bool else [q, k, v, bias]
+    grads = [poisoned(*t.shape, dtype=t.dtype) for t in wanted]
     _C.cpu_attention_bwd(
-        *(at(t) for t in (dout, q, k, v, out, lse, dlse, *grads)),
+        *(at(t) for t in (dout, q, k, v, out, lse, dlse, bias, *grads[:3])),
+        at(grads[3] if len(grads) > 3 else None),
         *(_strides(t) for t in (dout, q, k, v, out)),
-        *(at(cu_q), at(cu_k), at(key_lengths), *sizes, DTYPES[q.dtype], causal),
-        *(sizes[-1] ** -0.5, *drop, offset, threads),
-    )
+        *_options(q, k, bias, keys, cu_q, cu_k, key_lengths, causal, window, softcap, drop, offset,
+                  threads),
+    )  # fmt: skip
     return grads
 
 

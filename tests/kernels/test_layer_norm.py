@@ -1,6 +1,7 @@
 """LayerNorm's Triton kernels against the formula in fp64.
 
-Rows beyond 256 columns are read in pieces by the interpreter's tiles.
+Rows beyond 256 columns are read in pieces by the interpreter's tiles, beyond 8,192 (4,096 in the
+backward) by a GPU's.
 """
 
 import math
@@ -8,7 +9,7 @@ import math
 import pytest
 import torch
 from bertkern.kernels import layer_norm as kernels
-from tolerance import assert_close
+from tolerance import assert_close, hold_in_most_draws
 from torch.nn.functional import layer_norm
 
 from bertkern.reference.dropout import hidden_mask
@@ -18,6 +19,8 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 fp32, fp16 = torch.float32, torch.float16
 # One element; less than a tile; rows and columns past a tile; two pieces; three pieces with a tail.
 SHAPES = [(1, 1), (7, 20), (37, 64), (40, 33), (5, 500), (19, 700)]
+# A piece of 8,192 and one column of the next; a tail in the last piece; the widest that there is.
+WIDE = [8193, 40_000, 65_536]
 
 
 def leaves(dtype, *tensors):
@@ -96,6 +99,87 @@ def test_dropout_add_layer_norm(device, shape, dtype, p, use_dz, use_rows):
         dy, dz if use_dz else None, z, weight, bias, mean, rstd, p, seed, rows
     )
     check(["dx", "dresidual", "dweight", "dbias"], grads, g64, g_same, grad=True)
+
+
+@pytest.fixture
+def pieces_of_a_gpu(monkeypatch):
+    """The interpreter takes an H100's pieces, 16 or 32 times as wide as its own, and sums the
+    partial sums in tiles as wide."""
+    tuning = kernels.tuning
+    chosen = (tuning.layer_norm, tuning.elementwise)
+    for direction in ("fwd", "bwd"):
+        of_gpu = tuning.LAYER_NORM[direction, "sm90"]
+        monkeypatch.setitem(tuning.LAYER_NORM, (direction, "interpreter"), of_gpu)
+    monkeypatch.setitem(tuning.ELEMENTWISE, "interpreter", {0: tuning.RowTile(2, 8192, 4)})
+    for function in chosen:
+        function.cache_clear()
+    yield
+    monkeypatch.undo()
+    for function in chosen:
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("pieces_of_a_gpu")
+@pytest.mark.parametrize("cols", WIDE)
+@pytest.mark.parametrize(
+    ("dtype", "mean"), [(fp32, 0.0), (fp32, 3000.0), (fp16, 0.0), (fp16, 30.0)]
+)
+def test_wide_rows(device, cols, dtype, mean):
+    """Many pieces a row, and a mean that is thousands of deviations."""
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        x = (torch.randn(2, cols) + mean).to(device, dtype)
+        dy = torch.randn(2, cols).to(device, dtype)
+        weight, bias = (torch.randn(cols, device=device) for _ in range(2))
+
+        def formula(dtype):
+            inputs = leaves(dtype, x, weight, bias)
+            y = layer_norm(inputs[0], (cols,), inputs[1], inputs[2], 1e-5)
+            return [y], backward((y * dy.cpu().to(dtype)).sum(), inputs)
+
+        (y64, g64), (y_same, g_same) = formula(torch.float64), formula(dtype)
+        y, *statistics = kernels.layer_norm_fwd(x, weight, bias, 1e-5)
+        check(["y"], [y], y64, y_same)
+        grads = kernels.layer_norm_bwd(dy, x, weight, bias, *statistics)
+        check(["dx", "dweight", "dbias"], grads, g64, g_same, grad=True)
+
+    hold_in_most_draws(draw)
+
+
+@pytest.mark.usefixtures("pieces_of_a_gpu")
+@pytest.mark.parametrize("cols", WIDE)
+@pytest.mark.parametrize(("dtype", "mean"), [(fp32, 3000.0), (fp16, 0.0)])
+def test_wide_dropout_add_rows(device, cols, dtype, mean):
+    """The same with a residual, which carries the mean, and a gradient that reaches z itself."""
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        x, residual, dy, dz = (torch.randn(2, cols) for _ in range(4))
+        x, residual, dy, dz = (t.to(device, dtype) for t in (x, residual + mean, dy, dz))
+        weight, bias = (torch.randn(cols, device=device) for _ in range(2))
+        dropout_seed = torch.tensor([seed], device=device)
+        rows = torch.tensor([12, 1 << 33], device=device)
+        mask = hidden_mask(x.cpu(), 0.1, dropout_seed.cpu(), rows.cpu())
+
+        def formula(dtype):
+            inputs = leaves(dtype, x, residual, weight, bias)
+            z = inputs[1] + inputs[0] * mask.to(dtype)
+            y = layer_norm(z, (cols,), inputs[2], inputs[3], 1e-12)
+            loss = (y * dy.cpu().to(dtype)).sum() + (z * dz.cpu().to(dtype)).sum()
+            return [y, z], backward(loss, inputs)
+
+        (y64, g64), (y_same, g_same) = formula(torch.float64), formula(dtype)
+        y, z, *statistics = kernels.dropout_add_layer_norm_fwd(
+            x, residual, weight, bias, 0.1, 1e-12, dropout_seed, rows
+        )
+        check(["y", "z"], [y, z], y64, y_same)
+        grads = kernels.dropout_add_layer_norm_bwd(
+            dy, dz, z, weight, bias, *statistics, 0.1, dropout_seed, rows
+        )
+        check(["dx", "dresidual", "dweight", "dbias"], grads, g64, g_same, grad=True)
+
+    hold_in_most_draws(draw)
 
 
 @pytest.mark.parametrize("cols", [64, 500])

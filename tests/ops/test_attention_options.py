@@ -8,29 +8,24 @@ import torch
 from tolerance import assert_close, hold_in_most_draws
 
 import bertkern
-from bertkern.ops import _backend
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 B, SQ, SK, D = 3, 37, 41, 16
-# name -> (options, the names that a backend may lack)
 CASES = {
-    "grouped heads": (dict(key_heads=2), ["grouped heads"]),
-    "window": (dict(window=(6, 2)), ["window"]),
-    "window, causal": (dict(window=(9, -1), causal=True), ["window"]),
-    "softcap": (dict(softcap=1.5), ["softcap"]),
-    "key padding mask": (dict(padding=True), ["key_padding_mask"]),
-    "key padding mask, causal": (dict(padding=True, causal=True), ["key_padding_mask"]),
-    "bias": (dict(bias=(B, 4, SQ, SK)), ["bias"]),
-    "bias shared by the batch": (dict(bias=(1, 4, SQ, SK)), ["bias"]),
-    "bias of a query": (dict(bias=(4, SQ, 1)), ["bias"]),
-    "bias of a key": (dict(bias=(B, 1, 1, SK)), ["bias"]),
-    "bool bias": (dict(bias=(SQ, SK), bool_bias=True), ["bias"]),
-    "everything": (
-        dict(bias=(1, 4, SQ, SK), padding=True, key_heads=1, window=(20, 5), softcap=2.0),
-        ["bias", "key_padding_mask", "window", "softcap", "grouped heads"],
-    ),
+    "grouped heads": dict(key_heads=2),
+    "window": dict(window=(6, 2)),
+    "window, causal": dict(window=(9, -1), causal=True),
+    "softcap": dict(softcap=1.5),
+    "key padding mask": dict(padding=True),
+    "key padding mask, causal": dict(padding=True, causal=True),
+    "bias": dict(bias=(B, 4, SQ, SK)),
+    "bias shared by the batch": dict(bias=(1, 4, SQ, SK)),
+    "bias of a query": dict(bias=(4, SQ, 1)),
+    "bias of a key": dict(bias=(B, 1, 1, SK)),
+    "bool bias": dict(bias=(SQ, SK), bool_bias=True),
+    "everything": dict(bias=(1, 4, SQ, SK), padding=True, key_heads=1, window=(20, 5), softcap=2.0),
 }
 
 
@@ -59,14 +54,11 @@ def formula(q, k, v, bias, keys, causal=False, window=(-1, -1), softcap=0.0):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("name", CASES)
 def test_options(backend, device, name, dtype):
-    options, used = CASES[name]
+    options = CASES[name]
     if backend == "cuda":
         pytest.skip("backend cuda has no attention kernel yet")
     if backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():
         pytest.skip("the Triton interpreter multiplies bfloat16 wrongly in tl.dot")
-    lacking = [one for one in used if one in _backend._LACKS.get((backend, "attention"), ())]
-    if lacking:
-        pytest.skip(f"backend {backend} has no {', '.join(lacking)} yet")
     given = {key: options[key] for key in ("causal", "window", "softcap") if key in options}
 
     def check(draw):
@@ -118,8 +110,6 @@ def test_options(backend, device, name, dtype):
 def test_bias_in_varlen_is_that_of_the_padded_batch(backend, device):
     if backend == "cuda":
         pytest.skip("backend cuda has no attention kernel yet")
-    if "bias" in _backend._LACKS.get((backend, "attention"), ()):
-        pytest.skip(f"backend {backend} has no bias yet")
     torch.manual_seed(0)
     lengths = [9, 40, 17]
     padded = [torch.randn(3, 40, 2, 8, device=device) for _ in range(3)]
@@ -139,8 +129,6 @@ def test_bias_in_varlen_is_that_of_the_padded_batch(backend, device):
 def test_poison_behind_the_key_padding_mask(backend, device):
     if backend == "cuda":
         pytest.skip("backend cuda has no attention kernel yet")
-    if "key_padding_mask" in _backend._LACKS.get((backend, "attention"), ()):
-        pytest.skip(f"backend {backend} has no key_padding_mask yet")
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 40, 2, 8, device=device) for _ in range(3))
     keys = torch.rand(2, 40, device=device) > 0.4

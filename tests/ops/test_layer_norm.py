@@ -6,6 +6,7 @@ from tolerance import assert_close
 from torch.nn import functional as F
 
 import bertkern
+from bertkern.ops import _backend
 from bertkern.reference.dropout import hidden_mask
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -139,6 +140,59 @@ def test_a_row_does_not_feel_its_batch(backend, device):
     x = torch.randn(131, 80, device=device)
     with bertkern.backend(backend):
         assert torch.equal(bertkern.layer_norm(x)[77:78], bertkern.layer_norm(x[77:78]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_rows_too_wide_for_triton(device, dtype):
+    """65,537 columns: another backend computes them; triton, when forced, says why it cannot."""
+    columns = 65_537
+    generator = torch.Generator().manual_seed(0)
+    x, residual, dy, dz = (random((2, columns), dtype, device, generator) for _ in range(4))
+    weight, bias = (random((columns,), dtype, device, generator) for _ in range(2))
+    seed = torch.tensor([2], device=device)
+    mask = hidden_mask(x, 0.1, seed, None).to(dtype)
+
+    def norm(x, weight, bias):
+        return (F.layer_norm(x, (columns,), weight, bias, 1e-5),)
+
+    def add_norm(x, residual, weight, bias):
+        z = residual + x * mask.to(x.dtype)
+        return F.layer_norm(z, (columns,), weight, bias, 1e-5), z
+
+    def ours(*tensors):
+        return bertkern.dropout_add_layer_norm(*tensors, 0.1, 1e-5, True, seed)
+
+    hold_to_rule(
+        (lambda *t: (bertkern.layer_norm(*t, 1e-5),), norm),
+        (x, weight, bias),
+        ("x", "weight", "bias"),
+        (dy,),
+    )
+    hold_to_rule(
+        (ours, add_norm),
+        (x, residual, weight, bias),
+        ("x", "residual", "weight", "bias"),
+        (dy, dz),
+    )
+    if _backend.unusable("triton", device) is None:
+        reason = "at most 65536 columns, not 65537"
+        with bertkern.backend("triton"):
+            with pytest.raises(NotImplementedError, match=f"layer_norm on .*{reason}"):
+                bertkern.layer_norm(x, weight, bias)
+            with pytest.raises(NotImplementedError, match=f"dropout_add_layer_norm on .*{reason}"):
+                ours(x, residual, weight, bias)
+
+
+def test_widest_rows_of_triton(device):
+    """65,536 columns are not refused."""
+    if (reason := _backend.unusable("triton", device)) is not None:
+        pytest.skip(f"backend triton: {reason}")
+    x = torch.randn(1, 65_536, device=device, requires_grad=True)
+    with bertkern.backend("triton"):
+        y = bertkern.layer_norm(x)
+        y.square().sum().backward()
+    assert_close(y.detach(), F.layer_norm(x.double(), (65_536,)), F.layer_norm(x, (65_536,)))
+    assert x.grad.isfinite().all()
 
 
 def test_backends_drop_the_same_elements(backend, device):

@@ -8,7 +8,6 @@ from tolerance import assert_close, hold_in_most_draws
 from torch.nn import functional as F
 
 import bertkern
-from bertkern.ops import _backend
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -23,10 +22,6 @@ MASKS = {
     "float by key": ((B, 1, 1, SK), torch.float32),
     "float of one number": ((1, 1), torch.float32),
 }
-
-
-def lacks(backend, *options):
-    return any(option in _backend._LACKS.get((backend, "attention"), ()) for option in options)
 
 
 def compare(backend, inputs, dout, **options):
@@ -78,8 +73,6 @@ def test_causal_and_lengths(backend, device, len_q, len_k, is_causal):
 def test_masks(backend, device, name):
     if backend == "cuda":
         pytest.skip("backend cuda has no attention kernel yet")
-    if lacks(backend, "bias", "key_padding_mask"):
-        pytest.skip(f"backend {backend} has no masks yet")
     shape, dtype = MASKS[name]
 
     def check(draw):
@@ -97,8 +90,6 @@ def test_a_float_mask_of_minus_infinity_and_whole_rows(backend, device):
     """Rows without a key give 0, as torch gives them, and no gradient anywhere."""
     if backend == "cuda":
         pytest.skip("backend cuda has no attention kernel yet")
-    if lacks(backend, "bias"):
-        pytest.skip(f"backend {backend} has no bias yet")
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 9, 8, device=device, requires_grad=True) for _ in range(3))
     mask = torch.zeros(9, 9, device=device).masked_fill(
@@ -118,8 +109,6 @@ def test_a_float_mask_of_minus_infinity_and_whole_rows(backend, device):
 def test_grouped_heads(backend, device, masked):
     if backend == "cuda":
         pytest.skip("backend cuda has no attention kernel yet")
-    if lacks(backend, "grouped heads"):
-        pytest.skip(f"backend {backend} has no grouped heads yet")
 
     def check(draw):
         torch.manual_seed(draw)

@@ -1,41 +1,17 @@
-"""The generator: its definition, written a second time in numpy, and its statistics."""
+"""The generator: its definition, written a second time in numpy, and its statistics.
 
+`dropout_statistics.numpy_bits` is the second writing; the statistics are of it, for its speed.
+"""
+
+import functools
+
+import dropout_statistics as statistics
 import numpy as np
 import pytest
 import torch
+from dropout_statistics import numpy_bits
 
 from bertkern.reference.dropout import random_bits, threshold_and_scale
-
-U32 = np.uint32
-
-
-def numpy_bits(seed, sequence, head, rows, cols):
-    """The definition in uint32, for rows × cols."""
-
-    def mix(x):
-        x = x ^ (x >> U32(16))
-        x = x * U32(0x7FEB352D)
-        x = x ^ (x >> U32(15))
-        x = x * U32(0x846CA68B)
-        return x ^ (x >> U32(16))
-
-    def group(i):
-        return ((i >> U32(4)) << U32(3)) | (i & U32(7))
-
-    golden = U32(0x9E3779B9)
-    one = lambda value: np.array([value & 0xFFFFFFFF], dtype=U32)  # noqa: E731
-    low, high, sequence, head = one(seed), one(seed >> 32), one(sequence), one(head)
-    row, col = np.asarray(rows, dtype=U32)[:, None], np.asarray(cols, dtype=U32)[None]
-    a = mix(mix(mix(mix(low + golden) ^ high) ^ sequence) ^ head)
-    b = mix(mix(mix(mix(high + U32(0x85EBCA6B)) ^ low) ^ head) ^ sequence)
-    row_a, row_b = mix(a ^ group(row)), mix(b + group(row) * golden)
-    x = row_a + group(col) * golden
-    x = x ^ (x >> U32(16))
-    x = x * U32(0x7FEB352D)
-    x = x ^ (x >> U32(15)) ^ row_b
-    y = x * np.where((row >> U32(3)) & U32(1) == 1, U32(0xC2B2AE35), U32(0x846CA68B))
-    y = y ^ (y >> U32(16))
-    return np.where((col >> U32(3)) & U32(1) == 1, y >> U32(16), y & U32(0xFFFF)).astype(np.int64)
 
 
 def bits(seed, sequence, head, rows, cols):
@@ -51,8 +27,7 @@ def bits(seed, sequence, head, rows, cols):
 @pytest.mark.parametrize("seed", [0, 1, -1, 0x1234_5678_9ABC_DEF0, -(2**63)])
 @pytest.mark.parametrize(("sequence", "head"), [(0, 0), (3, 11), (70_000, 0xFFFFFFFF)])
 def test_definition(seed, sequence, head):
-    with np.errstate(over="ignore"):
-        expected = numpy_bits(seed, sequence, head, range(40), range(70))
+    expected = numpy_bits(seed, sequence, head, range(40), range(70))
     assert (bits(seed, sequence, head, 40, 70).numpy() == expected).all()
 
 
@@ -65,42 +40,64 @@ def test_known_values():
     assert bits(42, 1, 2, 9, 10)[8, 6:].tolist() == KNOWN[1]
 
 
-def test_statistics():
-    """Keep rate, neighbours at mma distances, rows, columns, heads, sequences and seeds:
-    z-scores."""
-    p = 0.1
-    threshold, _ = threshold_and_scale(p)
-    size = 512
-    q = threshold / 65536
-    streams = [(s, i, h) for s in (0, 1, -1, 1 << 32) for i in (0, 1) for h in (0, 1)]
-    dropped = torch.stack(
-        [(bits(*stream, size, size) < threshold).double() - q for stream in streams]
-    )
-    variance = q * (1 - q)
-    z = [dropped.sum() / (dropped.numel() * variance) ** 0.5]
-    for rows, cols in [
-        (0, 1),
-        (1, 0),
-        (1, 1),
-        (0, 8),
-        (8, 0),
-        (8, 8),
-        (0, 16),
-        (16, 0),
-        (1, 8),
-        (8, 1),
-    ]:
-        product = dropped[:, : size - rows, : size - cols] * dropped[:, rows:, cols:]
-        z.append(product.sum() / (product.numel() ** 0.5 * variance))
-    for i in range(len(streams)):
-        for j in range(i):
-            z.append((dropped[i] * dropped[j]).sum() / (size * variance))
-    for dim in (1, 2):
-        chi_square = (dropped.sum(dim) ** 2 / (size * variance)).sum()
-        count = len(streams) * size
-        z.append((chi_square - count) / (2 * count) ** 0.5)
-    z = torch.stack(z).abs()
-    assert z.max() < 4.5, z  # 134 scores: above 4.5 by chance once in a thousand generators
+def test_large_coordinates():
+    """Only the low 32 bits of a coordinate count, and all of them do."""
+    far = [0, 9, 1 << 16, (1 << 31) + 8, (1 << 32) - 1]
+    row, col = torch.tensor(far)[:, None], torch.tensor(far)[None]
+    zero = torch.tensor(0)
+    got = random_bits(torch.tensor([7]), zero, zero, row, col)
+    assert (got.numpy() == numpy_bits(7, 0, 0, far, far)).all()
+    assert torch.equal(random_bits(torch.tensor([7]), zero, zero, row + (1 << 32), col), got)
+
+
+@pytest.fixture(scope="module")
+def values():
+    return statistics.sample(numpy_bits)
+
+
+def worst(name, bits, values):
+    """(largest score, limit) of a family."""
+    family = statistics.FAMILIES[name]
+    scores = family.scores(bits if family.of_generator else values)
+    assert np.isfinite(scores).all()
+    return abs(scores).max(), statistics.limit(scores.size)
+
+
+@pytest.mark.parametrize("name", statistics.FAMILIES)
+def test_statistics(name, values):
+    """Over 10.5 million values; the limit for n scores is passed by true random bits once in a
+    thousand samples."""
+    score, limit = worst(name, numpy_bits, values)
+    assert score < limit
+
+
+@pytest.mark.parametrize(
+    ("weakness", "names"),
+    [
+        ("no mixing of the stream", ["bytes", "streams", "runs"]),
+        ("no row_b", ["repeats"]),
+        ("no first mixing", ["avalanche"]),
+        ("no second mixing", ["lags", "partners", "shared states", "rows, columns"]),
+        ("no last fold", ["pairs of bytes", "avalanche"]),
+        ("one multiplier for both rows", ["pairs of bytes", "lags", "partners", "shared states"]),
+        ("keeps too much", ["keep rate"]),
+    ],
+)
+def test_statistics_refuse_weaker_generators(weakness, names):
+    """Every family refuses some generator, and every part of the generator is needed."""
+
+    def keeps_too_much(*coordinates):  # one value in 65 that should be dropped at p = 0.1 is not
+        bits = numpy_bits(*coordinates)
+        return np.where(bits < 100, bits + np.uint16(6500), bits)
+
+    bits = functools.partial(numpy_bits, weakness=weakness)
+    if weakness not in statistics.WEAKNESSES:
+        bits = keeps_too_much
+    families = [statistics.FAMILIES[name] for name in names]
+    values = None if all(f.of_generator for f in families) else statistics.sample(bits)
+    for name in names:
+        score, limit = worst(name, bits, values)
+        assert score > limit, name
 
 
 def test_probability_is_the_one_really_used():
