@@ -23,7 +23,7 @@ NATIVE  := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*
 help:
 	@echo "make demo      embed, search and pre-train on this machine; writes ./demo-output (<= 3 minutes once installed)"
 	@echo "make test      the tests (<= 10 minutes on two cores once installed)"
-	@echo "make test-all  the tests, and every case of the benchmarks checked"
+	@echo "make test-all  the tests with 500 random cases of each op and all mutants, and every case of the benchmarks checked"
 	@echo "make gate      compile every Triton kernel at every tuning row with the oldest and the newest Triton; writes docs/machine-code.md"
 	@echo "make bench     time the ops against torch on this machine"
 	@echo "make gpu       with PYTHON as it stands: build, test and time on the GPU at hand; writes RESULTS"
@@ -37,7 +37,7 @@ test: $(VENV)/built
 	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/built
-	$(PYTEST) tests benchmarks $(ARGS)
+	BERTKERN_FUZZ_CASES=500 BERTKERN_MUTANTS=all $(PYTEST) tests benchmarks $(ARGS)
 
 # The two Tritons go to build/gate, each alone in a folder; what was compiled is kept there, too.
 gate: $(VENV)/built
