@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .attention_tile import LN2, LOG2E
+from .attention_tile import LOG2E
 from .device import architecture, dot_precision, guard
 from .tanh import tanh
 
@@ -82,7 +82,7 @@ def _exp_from(s, m):
 def _lse(m, total):
     """log sum exp(s); the sum is 0 only where nothing was seen (NaN != 0)."""
     nothing = total == 0.0
-    return tl.where(nothing, -float("inf"), m + tl.log2(tl.where(nothing, 1.0, total)) * LN2)
+    return tl.where(nothing, -float("inf"), m + tl.log(tl.where(nothing, 1.0, total)))
 
 
 @triton.jit

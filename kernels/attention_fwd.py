@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from .attention_tile import (
-    LN2,
     LOG2E,
     NOT_SPECIALIZED,
     band_of,
@@ -212,6 +211,6 @@ def attention_fwd_kernel(
     out_MD = acc_MD * (normalise / l_M)[:, None]
     if FOLD:
         m_M = m_M * scale
-    lse_M = m_M + tl.log2(l_M) * LN2  # empty: -inf + 0
+    lse_M = m_M + tl.log(l_M)  # empty: -inf + 0; once a row, so not by log2, which rounds twice
     store_rows(out_ptr, stride_os, out_MD, rows, len_q, HEAD_DIM, BLOCK_D)
     tl.store(lse_ptr + rows, lse_M, mask=rows < len_q)

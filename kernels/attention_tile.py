@@ -12,7 +12,6 @@ import triton.language as tl
 from .tanh import tanh
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E): exp2 is one instruction
-LN2 = tl.constexpr(0.6931471805599453)
 
 # Arguments that change with the batch: one compiled kernel serves them all.
 NOT_SPECIALIZED = (

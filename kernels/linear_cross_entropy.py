@@ -134,7 +134,7 @@ def linear_cross_entropy_combine_kernel(
     partial = rows
     for _ in range(0, splits):
         part_m = tl.load(part_m_ptr + partial, mask=inside, other=0.0)
-        part_s = tl.load(part_s_ptr + partial, mask=inside, other=0.0)
+        part_s = tl.load(part_s_ptr + partial, mask=inside, other=1.0)
         if SMOOTHING:
             z_sum += tl.load(z_sum_ptr + partial, mask=inside, other=0.0)
         new_m = tl.maximum(m, part_m)

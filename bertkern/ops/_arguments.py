@@ -61,7 +61,7 @@ def check_device(op: str, first_name: str, first: Tensor, name: str, tensor: Ten
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """ValueError unless the tensor has exactly this shape."""
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != shape:
         raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}; it must be {list(shape)}")
 
 
@@ -150,14 +150,18 @@ def to_autocast_dtype(first: Tensor, *others: Tensor | None) -> tuple[Tensor | N
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        t.to(dtype)
+        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        else t
         for t in tensors
     )
 
 
 def unit_last_stride(tensor: Tensor) -> Tensor:
     """The tensor itself when its last dimension is contiguous, else one contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+    if tensor.is_contiguous() or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
+        return tensor
+    return tensor.contiguous()
 
 
 def vector(parameter: Tensor | None) -> Tensor | None:

@@ -126,19 +126,21 @@ def attend(
     Returns:
         (out, lse).
     """
-    arguments.check_tensor(op, "q", q)
-    arguments.check_same(op, "q", q, k=k, v=v)
+    if not arguments.alike(q, k, v):
+        arguments.check_tensor(op, "q", q)
+        arguments.check_same(op, "q", q, k=k, v=v)
     heads, head_dim = q.shape[-2:]
+    k_shape, v_shape = k.shape, v.shape
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{op}: head dim is {head_dim}; allowed are 1 to {MAX_HEAD_DIM}")
-    if k.shape[-1] != head_dim or v.shape[-1] != head_dim:
+    if k_shape[-1] != head_dim or v_shape[-1] != head_dim:
         raise ValueError(
-            f"{op}: k and v have head dims {k.shape[-1]} and {v.shape[-1]}; both must be q's, "
+            f"{op}: k and v have head dims {k_shape[-1]} and {v_shape[-1]}; both must be q's, "
             f"{head_dim}"
         )
-    if k.shape != v.shape:
-        raise ValueError(f"{op}: v has shape {list(v.shape)}; it must be k's, {list(k.shape)}")
-    key_heads = k.shape[-2]
+    if k_shape != v_shape:
+        raise ValueError(f"{op}: v has shape {list(v_shape)}; it must be k's, {list(k_shape)}")
+    key_heads = k_shape[-2]
     if key_heads != heads and (key_heads == 0 or heads % key_heads):
         raise ValueError(
             f"{op}: k and v have {key_heads} heads and q has {heads}; q's must be a multiple of "
@@ -208,10 +210,10 @@ def bias_matrices(
     return bias.reshape(sizes)
 
 
-def _check_rank(op: str, rank: int, layout: str, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        arguments.check_tensor(op, name, tensor)
-        if tensor.dim() != rank:
+def _check_rank(op: str, rank: int, layout: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor) or tensor.dim() != rank:
+            arguments.check_tensor(op, name, tensor)
             raise ValueError(
                 f"{op}: {name} has shape {list(tensor.shape)}; it must have {rank} dimensions, "
                 f"{layout}"
@@ -275,11 +277,12 @@ def attention(  # type: ignore[misc]  # the overloads abbreviate the options
         ValueError, TypeError, NotImplementedError: naming the argument, its value and those
             allowed.
     """
-    _check_rank("attention", 4, "[B, S, H, D]", q=q, k=k, v=v)
+    _check_rank("attention", 4, "[B, S, H, D]", q, k, v)
     q, k, v, bias = arguments.to_autocast_dtype(q, k, v, bias)  # type: ignore[assignment]
-    batch = q.shape[0]
-    if k.shape[0] != batch:
-        raise ValueError(f"attention: k has batch {k.shape[0]}; it must be q's, {batch}")
+    batch, queries, heads, _ = q.shape
+    key_batch, keys, _, _ = k.shape
+    if key_batch != batch:
+        raise ValueError(f"attention: k has batch {key_batch}; it must be q's, {batch}")
     if key_lengths is not None:
         arguments.check_index_tensor(
             "attention", "key_lengths", key_lengths, q, (batch,), torch.int32
@@ -287,20 +290,18 @@ def attention(  # type: ignore[misc]  # the overloads abbreviate the options
         key_lengths = key_lengths.contiguous()
     if key_padding_mask is not None:
         arguments.check_index_tensor(
-            "attention", "key_padding_mask", key_padding_mask, q, (batch, k.shape[1]), torch.bool
+            "attention", "key_padding_mask", key_padding_mask, q, (batch, keys), torch.bool
         )
     out, lse = attend(
         "attention",
         q,
         k,
         v,
-        bias=bias_matrices(
-            "attention", "bias", bias, q, (batch, q.shape[2], q.shape[1], k.shape[1])
-        ),
+        bias=bias_matrices("attention", "bias", bias, q, (batch, heads, queries, keys)),
         key_padding_mask=key_padding_mask,
         key_lengths=key_lengths,
-        max_seqlen_q=q.shape[1],
-        max_seqlen_k=k.shape[1],
+        max_seqlen_q=queries,
+        max_seqlen_k=keys,
         causal=CAUSAL_BOTTOM_RIGHT if causal else CAUSAL_NONE,
         window=window,
         softcap=softcap,
@@ -378,7 +379,7 @@ def attention_varlen(  # type: ignore[misc]  # the overloads abbreviate the opti
             allowed.
     """
     op = "attention_varlen"
-    _check_rank(op, 3, "[T, H, D]", q=q, k=k, v=v)
+    _check_rank(op, 3, "[T, H, D]", q, k, v)
     q, k, v, bias = arguments.to_autocast_dtype(q, k, v, bias)  # type: ignore[assignment]
     for name, lengths in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         arguments.check_index_tensor(op, name, lengths, q, None, torch.int32)

@@ -141,7 +141,7 @@ def dropout_add_layer_norm(
     x, residual = arguments.to_autocast_dtype(x, residual)  # type: ignore[assignment]
     if not (arguments.alike(x, residual) and residual.shape == x.shape):
         arguments.check_same(_OP, "x", x, residual=residual)
-        arguments.check_shape(_OP, "residual", residual, tuple(x.shape))
+        arguments.check_shape(_OP, "residual", residual, x.shape)
     seed = arguments.dropout_seed_for(_OP, x, dropout_p, dropout_seed)
     x_rows = arguments.as_rows(x)
     rows = arguments.check_dropout_rows(_OP, x, x_rows.shape[0], dropout_rows)

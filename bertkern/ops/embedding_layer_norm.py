@@ -131,7 +131,7 @@ def _check_other_ids(name: str, ids: object, shape: torch.Size, word: Tensor) ->
     """Contiguous [tokens], broadcast to the shape of ids."""
     indices = _check_ids(name, ids, word)
     try:
-        return indices.expand(shape).reshape(-1)
+        return _flat(indices if indices.shape == shape else indices.expand(shape))
     except RuntimeError:
         raise ValueError(
             f"{_OP}: {name} has shape {list(indices.shape)}, which does not broadcast to that of "
@@ -139,9 +139,14 @@ def _check_other_ids(name: str, ids: object, shape: torch.Size, word: Tensor) ->
         ) from None
 
 
+def _flat(ids: Tensor) -> Tensor:
+    return (ids if ids.dim() == 1 else ids.reshape(-1)).contiguous()
+
+
 def _check_tables(word: Tensor, position: Tensor, table: Tensor) -> None:
-    arguments.check_tensor(_OP, "word", word)
-    arguments.check_same(_OP, "word", word, position=position, type=table)
+    if not arguments.alike(word, position, table):
+        arguments.check_tensor(_OP, "word", word)
+        arguments.check_same(_OP, "word", word, position=position, type=table)
     for name, tensor in (("word", word), ("position", position), ("type", table)):
         if tensor.dim() != 2 or tensor.shape[0] == 0:
             raise ValueError(
@@ -204,13 +209,15 @@ def embedding_layer_norm(
             f"{_OP}: padding_idx={padding_idx}; it must be None or from {-rows} to {rows - 1}"
         )
     seed = arguments.dropout_seed_for(_OP, word, dropout_p, dropout_seed)
-    tokens = ids.reshape(-1).contiguous()
+    tokens = _flat(ids)
     dropout_rows = arguments.check_dropout_rows(_OP, word, tokens.shape[0], dropout_rows)
     y, _, _ = _embedding_layer_norm_fwd(
         tokens,
-        position_ids.contiguous(),
-        None if type_ids is None else type_ids.contiguous(),
-        *(arguments.unit_last_stride(table) for table in (word, position, type)),
+        position_ids,
+        type_ids,
+        arguments.unit_last_stride(word),
+        arguments.unit_last_stride(position),
+        arguments.unit_last_stride(type),
         arguments.vector(weight),
         arguments.vector(bias),
         -1 if padding_idx is None else padding_idx % rows,
@@ -219,4 +226,4 @@ def embedding_layer_norm(
         seed,
         dropout_rows,
     )
-    return y.reshape(*ids.shape, word.shape[1])
+    return y if ids.dim() == 1 else y.reshape(*ids.shape, word.shape[1])

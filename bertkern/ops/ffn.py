@@ -16,7 +16,7 @@ from ._backend import implementation
 from ._registration import define, define_backward, present
 from ._vmap import Fold
 from .layer_norm import fake_parameter_gradients
-from .linear import check_bias, check_weight, needs_gradient
+from .linear import check_weight_and_bias, needs_gradient
 
 _PARAMETERS = "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2"
 _OPTIONS = "str activation, float dropout_p, Tensor? dropout_seed, Tensor? dropout_rows"
@@ -116,15 +116,12 @@ def ffn(
     Raises:
         ValueError, TypeError: naming the argument, its value and those allowed.
     """
-    for name, tensor in (("x", x), ("w1", w1), ("w2", w2)):
-        arguments.check_tensor("ffn", name, tensor)
+    arguments.check_tensor("ffn", "x", x)
     if x.dim() < 1:
         raise ValueError("ffn: x has no dimension; it must be [..., K]")
     x, w1, b1, w2, b2 = arguments.to_autocast_dtype(x, w1, b1, w2, b2)  # type: ignore[assignment]
-    check_weight("ffn", x, "w1", w1, x.shape[-1])
-    check_weight("ffn", x, "w2", w2, w1.shape[0])
-    check_bias("ffn", x, "b1", b1, w1.shape[0])
-    check_bias("ffn", x, "b2", b2, w2.shape[0])
+    check_weight_and_bias("ffn", x, "w1", w1, "b1", b1, x.shape[-1])
+    check_weight_and_bias("ffn", x, "w2", w2, "b2", b2, w1.shape[0])
     act = arguments.check_activation("ffn", activation, optional=False)
     seed = arguments.dropout_seed_for("ffn", x, dropout_p, dropout_seed)
     x_rows = arguments.as_rows(x)

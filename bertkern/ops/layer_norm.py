@@ -95,7 +95,7 @@ def check_normalization(
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             arguments.check_tensor(op, name, parameter)
-            arguments.check_shape(op, name, parameter, tuple(columns))
+            arguments.check_shape(op, name, parameter, columns)
             arguments.check_device(op, "x", x, name, parameter)
 
 

@@ -84,27 +84,28 @@ _linear_fwd = define(
 )
 
 
-def check_weight(op: str, x: Tensor, name: str, w: Tensor, columns: int) -> None:
-    """The weight is [out, columns] of x's dtype and device."""
-    if not arguments.alike(x, w):
-        arguments.check_same(op, "x", x, **{name: w})
-    if w.dim() != 2 or w.shape[1] != columns:
+def check_weight_and_bias(
+    op: str, x: Tensor, w_name: str, w: Tensor, b_name: str, b: Tensor | None, columns: int
+) -> None:
+    """w is [out, columns] of x's dtype; b is None or [out], in x's dtype or float32; all on one
+    device."""
+    usual = arguments.alike(x, w, b)
+    if not usual:
+        arguments.check_same(op, "x", x, **{w_name: w})
+    w_shape = w.shape
+    if len(w_shape) != 2 or w_shape[1] != columns:
         raise ValueError(
-            f"{op}: {name} has shape {list(w.shape)}; it must be [out, {columns}] (out by in, as "
+            f"{op}: {w_name} has shape {list(w_shape)}; it must be [out, {columns}] (out by in, as "
             "torch.nn.Linear keeps it)"
         )
-
-
-def check_bias(op: str, x: Tensor, name: str, b: Tensor | None, columns: int) -> None:
-    """The bias is None or [columns] on x's device, in x's dtype or float32."""
-    if b is None or (arguments.alike(x, b) and b.shape == (columns,)):
+    if b is None or (usual and b.shape == w_shape[:1]):
         return
-    arguments.check_tensor(op, name, b)
-    arguments.check_shape(op, name, b, (columns,))
-    arguments.check_device(op, "x", x, name, b)
+    arguments.check_tensor(op, b_name, b)
+    arguments.check_shape(op, b_name, b, w_shape[:1])
+    arguments.check_device(op, "x", x, b_name, b)
     if b.dtype not in (x.dtype, torch.float32):
         raise TypeError(
-            f"{op}: {name} has dtype {b.dtype}; allowed are {x.dtype} and torch.float32"
+            f"{op}: {b_name} has dtype {b.dtype}; allowed are {x.dtype} and torch.float32"
         )
 
 
@@ -151,13 +152,11 @@ def linear(
     arguments.check_tensor("linear", "x", x)
     if x.dim() < 1:
         raise ValueError("linear: x has no dimension; it must be [..., K]")
-    arguments.check_tensor("linear", "w", w)
     x, w, b, residual = arguments.to_autocast_dtype(x, w, b, residual)  # type: ignore[assignment]
-    check_weight("linear", x, "w", w, x.shape[-1])
-    check_bias("linear", x, "b", b, w.shape[0])
+    check_weight_and_bias("linear", x, "w", w, "b", b, x.shape[-1])
     act = arguments.check_activation("linear", activation, optional=True)
-    shape = (*x.shape[:-1], w.shape[0])
     if residual is not None:
+        shape = (*x.shape[:-1], w.shape[0])
         arguments.check_same("linear", "x", x, residual=residual)
         arguments.check_shape("linear", "residual", residual, shape)
         residual = arguments.as_rows(residual)

@@ -22,7 +22,7 @@ from ._backend import implementation
 from ._registration import define, define_backward, present
 from ._vmap import Fold
 from .layer_norm import fake_parameter_gradients
-from .linear import check_bias, check_weight
+from .linear import check_weight_and_bias
 
 REDUCTIONS = ("mean", "sum", "none")
 _OP = "linear_cross_entropy"
@@ -119,13 +119,11 @@ def linear_cross_entropy(
     arguments.check_tensor(_OP, "x", x)
     if x.dim() < 1:
         raise ValueError(f"{_OP}: x has no dimension; it must be [..., K]")
-    arguments.check_tensor(_OP, "weight", weight)
     x, weight, bias = arguments.to_autocast_dtype(x, weight, bias)  # type: ignore[assignment]
-    check_weight(_OP, x, "weight", weight, x.shape[-1])
+    check_weight_and_bias(_OP, x, "weight", weight, "bias", bias, x.shape[-1])
     if weight.shape[0] == 0:
         raise ValueError(f"{_OP}: weight has shape {list(weight.shape)}; there must be a class")
-    check_bias(_OP, x, "bias", bias, weight.shape[0])
-    arguments.check_index_tensor(_OP, "target", target, x, tuple(x.shape[:-1]), torch.int64)
+    arguments.check_index_tensor(_OP, "target", target, x, x.shape[:-1], torch.int64)
     if not isinstance(ignore_index, int):
         raise TypeError(f"{_OP}: ignore_index must be an int, not {type(ignore_index).__name__}")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -137,11 +135,11 @@ def linear_cross_entropy(
         arguments.as_rows(x),
         arguments.unit_last_stride(weight),
         arguments.vector(bias),
-        target.reshape(-1).contiguous(),
+        (target if target.dim() == 1 else target.reshape(-1)).contiguous(),
         ignore_index,
         float(label_smoothing),
     )
     if reduction == "none":
-        return loss.reshape(target.shape)
+        return loss if target.dim() == 1 else loss.reshape(target.shape)
     total = loss.sum()
     return total if reduction == "sum" else total / (target != ignore_index).sum()

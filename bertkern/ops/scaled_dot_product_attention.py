@@ -74,12 +74,7 @@ def scaled_dot_product_attention(
     query, key, value = (_widened(t, widest) for t in (query, key, value))
     leading, key_leading = _leading(query, key, value, enable_gqa)
     heads, batch = (leading or (1,))[-1], math.prod(leading[:-1])
-    q, k, v = (
-        t.expand(*dims, *t.shape[-2:])
-        .reshape(batch, (dims or (1,))[-1], *t.shape[-2:])
-        .transpose(1, 2)
-        for t, dims in ((query, leading), (key, key_leading), (value, key_leading))
-    )
+    q, k, v = _BSHD(query, leading), _BSHD(key, key_leading), _BSHD(value, key_leading)
     sizes = (batch, heads, q.shape[1], k.shape[1])
     bias, key_padding_mask = _mask(attn_mask, q, leading, sizes)
     out, _ = attend(
@@ -97,7 +92,19 @@ def scaled_dot_product_attention(
         scale=scale,
         sequence_offset=0,
     )
-    return out.transpose(1, 2).reshape(*leading, q.shape[1], widest)[..., :value_dim]
+    out = out.transpose(1, 2)
+    if len(leading) != 2:
+        out = out.reshape(*leading, q.shape[1], widest)
+    return out if value_dim == widest else out[..., :value_dim]
+
+
+def _BSHD(tensor: Tensor, leading: tuple[int, ...]) -> Tensor:
+    """[..., S, D], whose leading dimensions broadcast to `leading`, as [B, S, H, D]."""
+    if len(leading) != 2 or tensor.shape[:-2] != leading:
+        size = tensor.shape[-2:]
+        tensor = tensor.expand(*leading, *size)
+        tensor = tensor.reshape(math.prod(leading[:-1]), (leading or (1,))[-1], *size)
+    return tensor.transpose(1, 2)
 
 
 def _widened(tensor: Tensor, head_dim: int) -> Tensor:
@@ -110,6 +117,8 @@ def _leading(
     """The leading dimensions of query, and those of key and value, after broadcasting. With
     enable_gqa the heads, the last of them, do not broadcast."""
     shapes = [t.shape[:-2] for t in (query, key, value)]
+    if shapes[0] == shapes[1] == shapes[2]:
+        return tuple(shapes[0]), tuple(shapes[0])
     apart = enable_gqa and all(shapes)
     try:
         if not apart:

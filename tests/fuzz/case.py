@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from tolerance import assert_close
+from tolerance import assert_close, cancelling
 
 import bertkern
 
@@ -45,6 +45,8 @@ class Case:
         dtype: the tested one; plain torch in this dtype is the yardstick.
         text: the choices, for the message of a failure.
         matrices: name (of an output or a leaf) -> how its values are seen as matrices of rows.
+        cancels: name of a leaf whose gradient is a sum of terms that cancel -> how large they are,
+            measured by dout * out and dlse.
         properties: further checks, each named; they get the results of the call.
     """
 
@@ -56,6 +58,7 @@ class Case:
     dtype: torch.dtype
     text: str
     matrices: dict[str, Callable[[torch.Tensor], list[torch.Tensor]]] = field(default_factory=dict)
+    cancels: dict[str, float] = field(default_factory=dict)
     properties: dict[str, Callable[[Tensors], None]] = field(default_factory=dict)
 
     def run(
@@ -97,9 +100,31 @@ class Case:
         return self.run(leaves, self.plain, {name: c.cpu() for name, c in self.cotangents.items()})
 
 
-def _triple(case: Case, got: Tensors) -> dict[str, list[torch.Tensor]]:
-    """name -> [out, exact, same dtype], as matrices, on the CPU."""
+@dataclass
+class Triple:
+    """The same matrix by the op, in fp64, and by plain torch in the op's dtype."""
+
+    out: torch.Tensor
+    exact: torch.Tensor
+    same: torch.Tensor
+    noise: float
+
+    def hold(self, name: str) -> None:
+        grad = name.startswith("d ")
+        assert_close(self.out, self.exact, self.same, grad=grad, name=name, noise=self.noise)
+
+
+def _rounding_of_terms(case: Case, exact: Tensors) -> float:
+    """Of a sum of all dout * out and dlse."""
+    terms = [c.cpu() * exact[name] for name, c in case.cotangents.items() if name == "out"]
+    terms += [c.cpu() for name, c in case.cotangents.items() if name == "lse"]
+    return sum(cancelling(t.nan_to_num(0.0), case.dtype) for t in terms)
+
+
+def _triples(case: Case, got: Tensors) -> dict[str, Triple]:
+    """name -> the matrices of the results, on the CPU."""
     exact, same = case.run_plain(torch.float64), case.run_plain(case.dtype)
+    terms = _rounding_of_terms(case, exact) if case.cancels else 0.0
     triples = {}
     for name in got:
         view = case.matrices.get(name.removeprefix("d "), lambda t: [rows_of(t)])
@@ -110,25 +135,30 @@ def _triple(case: Case, got: Tensors) -> dict[str, list[torch.Tensor]]:
             assert torch.equal(out == -math.inf, empty), f"{name}: -inf in other rows"
             assert out.dtype == torch.float32
             out, want, like = (t.masked_fill(empty, 0.0) for t in (out, want, like))
+        noise = case.cancels.get(name.removeprefix("d "), 0.0) * terms
         for i, matrices in enumerate(zip(*map(view, (out, want, like)), strict=True)):
-            triples[f"{name}[{i}]"] = list(matrices)
+            triples[f"{name}[{i}]"] = Triple(*matrices, noise)
     return triples
 
 
-def _hold(triples: dict[str, list[torch.Tensor]]) -> str | None:
+def _hold(triples: dict[str, Triple]) -> str | None:
     """What breaks the rule, or None."""
     for name, triple in triples.items():
         try:
-            assert_close(*triple, grad=name.startswith("d "), name=name)
+            triple.hold(name)
         except AssertionError as error:
             return str(error)
     return None
 
 
-def _side_by_side(many: list[dict[str, list[torch.Tensor]]]) -> dict[str, list[torch.Tensor]]:
-    return {
-        name: [torch.cat([one[name][i] for one in many], -1) for i in range(3)] for name in many[0]
-    }
+def _side_by_side(many: list[dict[str, Triple]]) -> dict[str, Triple]:
+    def joined(triples: list[Triple]) -> Triple:
+        matrices = (
+            torch.cat([getattr(t, part) for t in triples], -1) for part in ("out", "exact", "same")
+        )
+        return Triple(*matrices, max(t.noise for t in triples))
+
+    return {name: joined([one[name] for one in many]) for name in many[0]}
 
 
 def check(make: Callable[[int], Case], rerun: str) -> None:
@@ -149,13 +179,13 @@ def check(make: Callable[[int], Case], rerun: str) -> None:
         for name, leaf in case.leaves.items():
             if name in case.wanted:
                 assert got[f"d {name}"].dtype == leaf.dtype, f"d {name}: {got[f'd {name}'].dtype}"
-        triples = _triple(case, got)
+        triples = _triples(case, got)
         many, broken = [triples], _hold(triples)
         for attempts in ATTEMPTS:
             if broken is None:
                 break
             others = [make(attempt) for attempt in range(len(many), attempts)]
-            many += [_triple(other, other.run_op()) for other in others]
+            many += [_triples(other, other.run_op()) for other in others]
             broken = _hold(_side_by_side(many))
         assert broken is None, broken
         for name, holds in case.properties.items():

