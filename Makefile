@@ -1,4 +1,4 @@
-# make demo · test · test-all · gate · bench · gpu · lint · clean
+# make demo · test · test-all · mutants · gate · bench · gpu · lint · clean
 #
 # Every target but `gpu` makes .venv when it is missing: a virtual environment with the versions of constraints.txt and
 # bertkern installed in place, its extension compiled. Two stamps inside say that this is done, so it is not redone:
@@ -18,12 +18,13 @@ PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loa
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 NATIVE  := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: help demo test test-all gate bench gpu lint clean
+.PHONY: help demo test test-all mutants gate bench gpu lint clean
 
 help:
 	@echo "make demo      embed, search and pre-train on this machine; writes ./demo-output (<= 3 minutes once installed)"
 	@echo "make test      the tests (<= 10 minutes on two cores once installed)"
 	@echo "make test-all  the tests with 500 random cases of each op and all mutants, and every case of the benchmarks checked"
+	@echo "make mutants   run the tests on each deliberately wrong kernel; writes docs/mutants.md"
 	@echo "make gate      compile every Triton kernel at every tuning row with the oldest and the newest Triton; writes docs/machine-code.md"
 	@echo "make bench     time the ops against torch on this machine"
 	@echo "make gpu       with PYTHON as it stands: build, test and time on the GPU at hand; writes RESULTS"
@@ -38,6 +39,9 @@ test: $(VENV)/built
 
 test-all: $(VENV)/built
 	BERTKERN_FUZZ_CASES=500 BERTKERN_MUTANTS=all $(PYTEST) tests benchmarks $(ARGS)
+
+mutants: $(VENV)/built
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m mutants.run --write ../docs/mutants.md $(ARGS)
 
 # The two Tritons go to build/gate, each alone in a folder; what was compiled is kept there, too.
 gate: $(VENV)/built

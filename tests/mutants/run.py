@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,17 +124,18 @@ of `make test`) until the first of them failed. The same tests pass on a copy wi
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, help="the Markdown file to write")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="mutants at a time")
     parser.add_argument("names", nargs="*", help="mutants; all of them if none is named")
     arguments = parser.parse_args()
     chosen = [m for m in MUTANTS if not arguments.names or m.name in arguments.names]
     for failure in (broken := without_fault(chosen)):
         print(f"fails on the kernels as they are: {failure}", flush=True)
     rows, survivors = [], 0
-    for mutant in chosen:
-        result = run(mutant)
-        survivors += result.caught_by is None
-        rows.append(_row(mutant, result))
-        print(rows[-1] if result.caught_by else f"{rows[-1]} {result.message}", flush=True)
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        for mutant, result in zip(chosen, pool.map(run, chosen), strict=True):
+            survivors += result.caught_by is None
+            rows.append(_row(mutant, result))
+            print(rows[-1] if result.caught_by else f"{rows[-1]} {result.message}", flush=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} mutants are caught")
     if arguments.write and not broken:
         arguments.write.write_text(HEAD + "\n".join(rows) + "\n")

@@ -45,7 +45,12 @@ _rows, _products, _attention = (FUZZ.format(name) for name in ("rows", "products
 _ATTENTION_OPS = ("attention", "attention_varlen", "scaled_dot_product_attention")
 
 _dropout = _of("dropout.py", ("dropout",), _rows, "tests/kernels/test_dropout.py")
-_norm = _of("layer_norm.py", ("layer_norm", "dropout_add_layer_norm"), _rows)
+_norm = _of(
+    "layer_norm.py",
+    ("layer_norm", "dropout_add_layer_norm"),
+    _rows,
+    "tests/kernels/test_layer_norm.py",
+)
 _embedding = _of("embedding_layer_norm.py", ("embedding_layer_norm",), _rows)
 _linear = _of("linear.py", ("linear",), _products)
 _ffn = _of("ffn.py", ("ffn",), _products)
@@ -132,6 +137,36 @@ MUTANTS = (
         "mean not taken off again",
         "rows of one value, or with a large mean, are normalised rounding noise",
         ("left_R = left_R / cols_total", "left_R = left_R * 0"),
+    ),
+    _norm(
+        "wide rows: mean not taken off again",
+        "wide rows with a large mean keep the rounding of the mean",
+        ("((x_RC - mean_R[:, None]) - left_R[:, None])", "(x_RC - mean_R[:, None])"),
+    ),
+    _norm(
+        "wide rows: the last piece counts as a whole one",
+        "every width that is no multiple of the piece is normalised by a wrong deviation",
+        (
+            "            centred_RC = tl.where(in_row[None, :], x_RC - mean_R[:, None], 0.0)\n"
+            "            sum_RC",
+            "            centred_RC = x_RC - mean_R[:, None]\n            sum_RC",
+        ),
+    ),
+    _norm(
+        "wide rows: the last piece is not normalised",
+        "the last columns of wide rows are whatever was in memory",
+        (
+            "        for start in range(0, cols_total, BLOCK_C):\n"
+            "            piece = start + cols\n"
+            "            in_row = piece < cols_total\n"
+            "            inside = in_col[:, None] & in_row[None, :]\n"
+            "            x_RC = load_tile(source_ptr",
+            "        for start in range(0, cols_total - cols_total % BLOCK_C, BLOCK_C):\n"
+            "            piece = start + cols\n"
+            "            in_row = piece < cols_total\n"
+            "            inside = in_col[:, None] & in_row[None, :]\n"
+            "            x_RC = load_tile(source_ptr",
+        ),
     ),
     _norm(
         "one row of 16 scaled by 0.97",
