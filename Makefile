@@ -48,7 +48,7 @@ gate: $(VENV)/built
 	$(BIN)/python tests/kernels/gate.py --every-triton $(ARGS)
 
 bench: $(VENV)/built
-	$(BIN)/python benchmarks/run.py --results $(RESULTS) $(ARGS)
+	$(BIN)/python -m bertkern.benchmarks.run --results $(RESULTS) $(ARGS)
 
 # Needs only what the checkout and a stock torch + nvcc installation hold: no .venv, no network, and nothing is
 # installed into PYTHON's own environment (the build goes to build/gpu-site). Exit code 3 where there is no GPU, since a

@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     python = [sys.executable]
     pytest = [*python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     config = ["--rootdir", ROOT, "-c", ROOT / "pyproject.toml"]
-    timing = [*python, ROOT / "benchmarks" / "run.py", "--device", "cuda", "--quick"]
+    timing = [*python, "-m", "bertkern.benchmarks.run", "--device", "cuda", "--quick"]
     done = [
         step("info", [*python, "-c", "import bertkern; print(bertkern.info())"], 30, **inside),
         step("tests", [*pytest, *config, ROOT / "tests" / "ops"], TEST_LIMIT, **inside),

@@ -1,7 +1,7 @@
 """Host time that an op adds to its kernel's launch: argument checks, choice of backend, dispatcher
 and autograd.
 
-python benchmarks/overhead.py [--device D] [--samples N] [--only OP] [--results FOLDER]
+python -m bertkern.benchmarks.overhead [--device D] [--samples N] [--only OP] [--results FOLDER]
 
 The backends' functions are replaced by stubs that allocate the outputs and compute nothing. Timed
 are the stub alone ("bare") and the public function on top of it, in turns; what is added is the
@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Row, measure, provenance, quantile, write_rows
 from torch import Tensor
 
 import bertkern
 from bertkern.ops import _backend
+
+from .harness import Row, measure, provenance, quantile, write_rows
 
 LIMIT_S = 12e-6  # forward with gradient over the bare launch, on a 2-core machine
 CALLS_PER_BACKWARD = 32

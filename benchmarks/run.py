@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-import cases
 import torch
-from harness import Row, provenance, run_case, write_rows
+
+from . import op_cases
+from .harness import Row, provenance, run_case, write_rows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(" · ".join(f"{key} {value}" for key, value in facts.items()))
     rows: list[Row] = []
     for name in names:
-        for case in cases.ops(device, DTYPES[name], options.quick):
+        for case in op_cases.ops(device, DTYPES[name], options.quick):
             if options.only in case.name:
                 rows += run_case(case, device, samples, facts)
     print(table_of(rows))

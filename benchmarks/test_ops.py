@@ -6,14 +6,14 @@ besides: ratios between them are to be read from there.
 
 from dataclasses import replace
 
-import cases
 import pytest
 import torch
-from harness import bound, check, output_gradient
+from bertkern.benchmarks import op_cases
+from bertkern.benchmarks.harness import bound, check, output_gradient
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-CASES = {case.name: case for case in cases.ops(DEVICE, DTYPE, quick=True)}
+CASES = {case.name: case for case in op_cases.ops(DEVICE, DTYPE, quick=True)}
 PEERS = [
     (name, peer, direction)
     for name, case in CASES.items()

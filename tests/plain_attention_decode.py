@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from tolerance import assert_close
+
+from bertkern.reference.tolerance import assert_close
 
 
 @dataclass(frozen=True)

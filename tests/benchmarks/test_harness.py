@@ -1,18 +1,10 @@
 """The benchmark harness: a wrong output is shown as wrong, not timed; a row says all it should."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-SUITE = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(SUITE))
-
-import cases  # noqa: E402
-import harness  # noqa: E402
-import run  # noqa: E402
+from bertkern.benchmarks import harness, op_cases, run
 
 CPU = torch.device("cpu")
 
@@ -23,7 +15,7 @@ def double_case(**peers):
         op="double",
         shape={"N": 4, "C": 8},
         dtype=torch.float32,
-        inputs=cases.random((4, 8)),
+        inputs=op_cases.random((4, 8)),
         plain=lambda x: x + x,
         peers={name: harness.Peer(run) for name, run in peers.items()},
         flops={"forward": 32.0, "forward+backward": 64.0},
@@ -87,10 +79,10 @@ def test_provenance_says_machine_versions_and_commit():
 def test_every_case_is_right_on_this_machine():
     """The suite's own shapes take a while; the same cases at small sizes."""
     small = [
-        cases.attention(2, 24, torch.float32),
-        cases.attention_varlen([5, 17, 1], torch.float32),
-        cases.layer_norm(9, 32, torch.float32),
-        cases.dropout_add_layer_norm(9, 32, torch.float32),
+        op_cases.attention(2, 24, torch.float32),
+        op_cases.attention_varlen([5, 17, 1], torch.float32),
+        op_cases.layer_norm(9, 32, torch.float32),
+        op_cases.dropout_add_layer_norm(9, 32, torch.float32),
     ]
     for case in small:
         for row in harness.run_case(case, CPU, 1, {}):
@@ -98,8 +90,8 @@ def test_every_case_is_right_on_this_machine():
 
 
 def test_mixed_lengths_never_change():
-    lengths = cases.mixed_lengths(8, 512)
-    assert lengths == cases.mixed_lengths(8, 512)
+    lengths = op_cases.mixed_lengths(8, 512)
+    assert lengths == op_cases.mixed_lengths(8, 512)
     assert (min(lengths), max(lengths)) == (32, 512)
 
 

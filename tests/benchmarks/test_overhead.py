@@ -2,17 +2,13 @@
 were."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from bertkern.benchmarks import overhead
 
 import bertkern
 from bertkern.ops import _backend
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import overhead
 
 CPU = torch.device("cpu")
 

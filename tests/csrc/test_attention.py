@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tolerance import assert_close
 
 from bertkern.reference import attention as reference
+from bertkern.reference.tolerance import assert_close
 from csrc import native
 
 NAN = float("nan")

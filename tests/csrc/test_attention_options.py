@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from tolerance import assert_close, hold_in_most_draws
 
 from bertkern.reference import attention as reference
+from bertkern.reference.tolerance import assert_close, hold_in_most_draws
 from csrc import native
 
 SEED = 12345678901

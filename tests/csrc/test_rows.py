@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tolerance import assert_close
 from torch.nn import functional as F
 
 from bertkern import _C
+from bertkern.reference.tolerance import assert_close
 from csrc import native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tolerance import assert_close
 from torch.nn import functional as F
 
 from bertkern.reference.dropout import hidden_mask, threshold_and_scale
+from bertkern.reference.tolerance import assert_close
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"

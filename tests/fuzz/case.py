@@ -1,9 +1,10 @@
 """One fuzz case: an op's call, the same in plain torch, and what must hold between them.
 
-Outputs and every gradient are held to tests/tolerance.py's rule. Where a few values decide (one row
-of three columns), plain torch's own error is a matter of luck: a case that fails the rule is
-computed again with other values, the columns of all attempts are laid side by side, and the rule
-decides on these wider matrices. It is the same rule; an error of the kernel is in every attempt.
+Outputs and every gradient are held to bertkern/reference/tolerance.py's rule. Where a few values
+decide (one row of three columns), plain torch's own error is a matter of luck: a case that fails
+the rule is computed again with other values, the columns of all attempts are laid side by side, and
+the rule decides on these wider matrices. It is the same rule; an error of the kernel is in every
+attempt.
 """
 
 import math
@@ -13,9 +14,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from tolerance import assert_close, cancelling
 
 import bertkern
+from bertkern.reference.tolerance import assert_close, cancelling
 
 from .draw import Draw
 

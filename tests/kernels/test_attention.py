@@ -1,4 +1,4 @@
-"""Attention's Triton kernels against the formula in fp64, by the rule of tests/tolerance.py.
+"""Attention's Triton kernels against the formula in fp64, by the house's tolerance rule.
 
 Tiles of the interpreter are 16 to 32 wide, so lengths of 33 and 50 have whole blocks and tails.
 """
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from bertkern.kernels.attention import attention_bwd, attention_fwd
-from tolerance import assert_close, hold_in_most_draws
 
 from bertkern.reference.dropout import random_bits
+from bertkern.reference.tolerance import assert_close, hold_in_most_draws
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 

@@ -6,7 +6,8 @@ from bertkern.kernels import tuning
 from bertkern.kernels.attention_decode import attention_decode
 from bertkern.kernels.device import architecture
 from plain_attention_decode import CASES, Case, Inputs, check
-from tolerance import hold_in_most_draws
+
+from bertkern.reference.tolerance import hold_in_most_draws
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from bertkern.kernels import embedding_layer_norm as kernels
 from bertkern.kernels import tuning
-from tolerance import assert_close
 from torch.nn import functional as F
 
 from bertkern.reference.dropout import hidden_mask
+from bertkern.reference.tolerance import assert_close
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from bertkern.kernels.ffn import ffn_bwd, ffn_fwd
-from tolerance import assert_close
 from torch.nn import functional as F
 
 from bertkern.reference.dropout import hidden_mask
+from bertkern.reference.tolerance import assert_close
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 

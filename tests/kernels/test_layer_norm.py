@@ -9,10 +9,10 @@ import math
 import pytest
 import torch
 from bertkern.kernels import layer_norm as kernels
-from tolerance import assert_close, hold_in_most_draws
 from torch.nn.functional import layer_norm
 
 from bertkern.reference.dropout import hidden_mask
+from bertkern.reference.tolerance import assert_close, hold_in_most_draws
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from bertkern.kernels.linear import linear_bwd, linear_fwd
-from tolerance import assert_close
 from torch.nn import functional as F
 
 from bertkern.reference.dropout import hidden_mask
+from bertkern.reference.tolerance import assert_close
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 

@@ -9,9 +9,10 @@ from bertkern.kernels.linear_cross_entropy import (
     linear_cross_entropy_bwd,
     linear_cross_entropy_fwd,
 )
-from tolerance import assert_close
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from bertkern.reference.tolerance import assert_close
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 

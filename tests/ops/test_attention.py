@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from tolerance import assert_close, hold_in_most_draws
 from torch.nn import functional as F
 
 import bertkern
 from bertkern.reference.dropout import random_bits, threshold_and_scale
+from bertkern.reference.tolerance import assert_close, hold_in_most_draws
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SEED = 0x5EED_1234_5678

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from plain_attention_decode import CASES, Case, Inputs, check, plain
-from tolerance import assert_close, hold_in_most_draws
 
 import bertkern
+from bertkern.reference.tolerance import assert_close, hold_in_most_draws
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

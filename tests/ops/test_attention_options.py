@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from tolerance import assert_close, hold_in_most_draws
 
 import bertkern
+from bertkern.reference.tolerance import assert_close, hold_in_most_draws
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 

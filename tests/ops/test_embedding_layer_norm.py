@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from tolerance import assert_close
 from torch.nn import functional as F
 
 import bertkern
 from bertkern.reference.dropout import hidden_mask
+from bertkern.reference.tolerance import assert_close
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # shape of ids, columns, rows of word, position and type, type_ids given, dropout

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tolerance import assert_close
 from torch.nn import functional as F
 
 import bertkern
 from bertkern.ops import _backend
 from bertkern.reference.dropout import hidden_mask
+from bertkern.reference.tolerance import assert_close
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHAPES = [(1, 1), (3, 7), (67, 128), (5, 33), (33, 384), (9, 768), (4, 1025), (0, 16)]

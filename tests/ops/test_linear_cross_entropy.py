@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from tolerance import assert_close
 from torch.nn import functional as F
 
 import bertkern
 from bertkern.ops import _cpu_linear_cross_entropy as cpu_backend
+from bertkern.reference.tolerance import assert_close
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 IGNORED = -100

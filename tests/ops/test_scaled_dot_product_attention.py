@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from tolerance import assert_close, cancelling, hold_in_most_draws
 from torch.nn import functional as F
 
 import bertkern
+from bertkern.reference.tolerance import assert_close, cancelling, hold_in_most_draws
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 

@@ -21,10 +21,13 @@ ALLOWED = {
     "models": {"ops", "nn", "data"},
     "train": {"ops", "nn", "models", "data"},
     "integrations": {"ops", "nn", "models", "data"},
-    "cli": {"ops", "nn", "models", "data", "train", "integrations"},
+    "benchmarks": {"reference", "ops", "nn", "models", "data", "train", "integrations"},
+    "cli": {"ops", "nn", "models", "data", "train", "integrations", "benchmarks"},
     "info": {"ops"},
     "__init__": {"ops", "info"},
 }
+# Rooms at the top level of the repository.
+OUTSIDE = ("kernels", "benchmarks")
 # Only the named rooms import these packages at all.
 MODEL_LIBRARIES = {"transformers", "sentence_transformers"}
 # `import bertkern` must bring none of these.
@@ -49,14 +52,15 @@ def source_files():
     for path in sorted((ROOT / "bertkern").rglob("*.py")):
         parts = path.relative_to(ROOT / "bertkern").parts
         yield (parts[0] if len(parts) > 1 else path.stem), path
-    for path in sorted((ROOT / "kernels").rglob("*.py")):
-        yield "kernels", path
+    for room in OUTSIDE:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            yield room, path
 
 
 def imports_of(path, room):
     """Yield (line, dotted absolute name) of every import in a file, those inside functions too."""
     package = ["bertkern"] if room == "__init__" else ["bertkern", room]
-    if path.parent.name != room and path.parent.name not in ("bertkern", "kernels"):
+    if path.parent.name != room and path.parent.name not in ("bertkern", *OUTSIDE):
         package += path.relative_to(ROOT / "bertkern" / room).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -107,12 +111,12 @@ def test_every_room_is_named_here():
 
 
 @pytest.mark.parametrize("library", sorted(MODEL_LIBRARIES))
-def test_other_model_libraries_are_imported_by_integrations_only(library):
+def test_other_model_libraries_are_imported_by_integrations_and_benchmarks_only(library):
     wrong = [
         f"{path.relative_to(ROOT)}:{line}"
         for room, path in source_files()
         for line, name in imports_of(path, room)
-        if name.split(".")[0] == library and room != "integrations"
+        if name.split(".")[0] == library and room not in ("integrations", "benchmarks")
     ]
     assert not wrong, f"{library} is imported in {wrong}"
 

@@ -17,7 +17,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("bertkern", "kernels", "csrc", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md")
+PARTS = (
+    *("bertkern", "kernels", "benchmarks", "csrc"),
+    *("pyproject.toml", "setup.py", "MANIFEST.in", "README.md"),
+)
 ROOMS = ("ops", "reference", "nn", "models", "data", "train", "integrations", "cli")
 
 
@@ -54,7 +57,7 @@ def test_sdist_holds_every_source(distributions):
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     wanted = {
         path.relative_to(source).as_posix()
-        for folder in ("bertkern", "kernels", "csrc")
+        for folder in ("bertkern", "kernels", "benchmarks", "csrc")
         for path in (source / folder).rglob("*")
         if path.is_file()
     }
@@ -72,8 +75,9 @@ def test_wheel_holds_every_module_and_the_extension(distributions):
         if path.suffix in (".py", ".pyi") or path.name == "py.typed"
     }
     wanted |= {
-        "bertkern/kernels/" + path.relative_to(source / "kernels").as_posix()
-        for path in (source / "kernels").rglob("*.py")
+        f"bertkern/{room}/" + path.relative_to(source / room).as_posix()
+        for room in ("kernels", "benchmarks")
+        for path in (source / room).rglob("*.py")
     }
     wanted |= {"bertkern/py.typed", "bertkern/_C.pyi", "bertkern/kernels/__init__.py"}
     wanted.add("bertkern/_C" + sysconfig.get_config_var("EXT_SUFFIX"))

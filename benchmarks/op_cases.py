@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from harness import Case, Peer
 from torch import Tensor
 
 import bertkern
+
+from .harness import Case, Peer
 
 HEADS, HEAD_DIM = 12, 64  # BERT-base
 HIDDEN, FFN_HIDDEN, VOCABULARY = 768, 3072, 30522
