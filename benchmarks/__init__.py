@@ -1,6 +1,6 @@
-"""The benchmark suite; `bertkern bench` and `make bench` run it.
+"""The benchmark suite; `make bench` runs it.
 
-run.py            the command: which cases, which peers, where the rows go
+run.py            the command: which cases, and where the rows go
 op_cases.py       the table of op cases
 harness.py        checks, times and records a case
 overhead.py       host time that an op adds to its kernel's launch

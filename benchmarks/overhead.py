@@ -27,7 +27,7 @@ from torch import Tensor
 import bertkern
 from bertkern.ops import _backend
 
-from .harness import Row, measure, provenance, quantile, write_rows
+from .harness import RESULTS, Row, measure, provenance, quantile, write_rows
 
 LIMIT_S = 12e-6  # forward with gradient over the bare launch, on a 2-core machine
 CALLS_PER_BACKWARD = 32
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--samples", type=int, default=25, help="samples per measurement")
     parser.add_argument("--only", default="", help="measure the ops whose name contains this")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     torch.set_num_threads(1)

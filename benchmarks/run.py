@@ -1,6 +1,7 @@
 """`make bench`: times the ops against torch on the device at hand; a table, and JSON lines.
 
-python benchmarks/run.py [--device D] [--dtype float32,bfloat16] [--quick] [--results FOLDER]
+python -m bertkern.benchmarks.run [--device D] [--dtype float32,bfloat16] [--quick]
+                                  [--results FOLDER]
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from . import op_cases
-from .harness import Row, provenance, run_case, write_rows
+from .harness import RESULTS, Row, provenance, run_case, write_rows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer cases and samples")
     parser.add_argument("--samples", type=int, help="samples per peer (default 25, quick 9)")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     names = (options.dtype or ("bfloat16" if device.type == "cuda" else "float32")).split(",")

@@ -10,8 +10,8 @@ them):
    `torch.library.register_autograd` does in twice the host time, with a function that `torch.func`
    transforms refuse and tangents of forward mode pass by unseen.
 3. The callable that `define` returns. Where nobody but the kernel has business with the call
-   (`_plain`), it enters the node or the implementation itself, without the dispatcher, which costs
-   half as much as an op's checks and node together.
+   (`_watched`, `_plain`), it enters the node or the implementation itself, without the dispatcher,
+   which puts every argument into a box and takes it out again.
 """
 
 from collections.abc import Callable, Sequence

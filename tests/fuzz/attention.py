@@ -3,6 +3,8 @@ attention_decode.
 
 Legend in softmax.py. Tiles of the interpreter are 16 to 32 queries by 16 to 32 keys; with all keys
 in one tile other kernels are chosen than for many.
+
+The file is long because the four share how sizes, options, biases and neighbours are drawn.
 """
 
 import math
