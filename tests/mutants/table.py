@@ -228,7 +228,6 @@ MUTANTS = (
         "second type's gradient of the first",
         "the segment embedding is not trained",
         ("_of_type(dz_RC, type_R, in_col, 1)", "_of_type(dz_RC, type_R, in_col, 0)"),
-        times=2,
     ),
     _embedding(
         "padding_idx trained",
