@@ -392,11 +392,11 @@ MUTANTS = (
         ),
     ),
     _tile(
-        "first key row one late",
+        "first key row one early",  # one late would write past the end of dk, and crash
         "packed sequences see each other",
         (
             "    return start_q, start_k, len_q, len_k",
-            "    return start_q, start_k + 1, len_q, len_k",
+            "    return start_q, tl.maximum(start_k - 1, 0), len_q, len_k",
         ),
     ),
     _tile(
