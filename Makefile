@@ -1,6 +1,6 @@
-# make demo · test · test-all · mutants · gate · bench · gpu · lint · clean
+# make demo · test · test-all · mutants · gate · bench · gpu · gpu-tests · gpu-ops · gpu-models · lint · clean
 #
-# Every target but `gpu` makes .venv when it is missing: a virtual environment with the versions of constraints.txt and
+# Every target but `gpu` and its parts makes .venv when it is missing: a virtual environment with the versions of constraints.txt and
 # bertkern installed in place, its extension compiled. Two stamps inside say that this is done, so it is not redone:
 # .venv/installed follows constraints.txt, .venv/built follows what is compiled. No sudo, and nothing outside this folder.
 # PYTHON chooses the interpreter that the environment is made from (and, for `gpu`, the one that runs).
@@ -18,7 +18,7 @@ PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loa
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 NATIVE  := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: help demo test test-all mutants gate bench gpu lint clean
+.PHONY: help demo test test-all mutants gate bench gpu gpu-tests gpu-ops gpu-models lint clean
 
 help:
 	@echo "make demo      embed, search and pre-train on this machine; writes ./demo-output (<= 3 minutes once installed)"
@@ -26,8 +26,9 @@ help:
 	@echo "make test-all  the tests with 500 random cases of each op and all mutants, and every case of the benchmarks checked"
 	@echo "make mutants   run the tests on each deliberately wrong kernel; writes docs/mutants.md"
 	@echo "make gate      compile every Triton kernel at every tuning row with the oldest and the newest Triton; writes docs/machine-code.md"
-	@echo "make bench     time the ops against torch on this machine"
-	@echo "make gpu       with PYTHON as it stands: build, test and time on the GPU at hand; writes RESULTS"
+	@echo "make bench     time ops, models and training against their peers (<= 15 minutes; ARGS=--quick: 3); draws benchmarks/report"
+	@echo "make gpu       with PYTHON as it stands: build, test and time on the GPU at hand (<= 9 minutes); writes RESULTS"
+	@echo "               in parts: make gpu-tests, gpu-ops, gpu-models; ARGS=--full times every case"
 	@echo "make lint      ruff, mypy, clang-format, and asm only in csrc/ptx"
 	@echo "ARGS='...' goes to the command that a target runs, e.g.  make test ARGS='tests/ops -k varlen'"
 
@@ -55,6 +56,9 @@ bench: $(VENV)/built
 # gate that ran nothing must not look like one that passed.
 gpu:
 	$(PYTHON) benchmarks/gpu.py --results $(RESULTS) $(ARGS)
+
+gpu-tests gpu-ops gpu-models:
+	$(PYTHON) benchmarks/gpu.py $(@:gpu-%=%) --results $(RESULTS) $(ARGS)
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

@@ -55,6 +55,7 @@ SOURCES = (
     "cpu/ffn.cpp",
     "cpu/parallel.cpp",
     "cpu/isa.cpp",
+    "cpu/fma_rate.cpp",
     "bindings.cpp",
 )
 CUDA_SOURCES = ("cuda/layer_norm.cu", "cuda/device.cu")

@@ -12,12 +12,9 @@ kernel, a microsecond here, is in its figure.
 """
 
 import argparse
-import re
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,9 @@ from torch import Tensor
 import bertkern
 from bertkern.ops import _backend
 
-from .harness import RESULTS, Row, measure, provenance, quantile, write_rows
+from .harness import measure
+from .machine import file_name, provenance
+from .row import RESULTS, Row, quantile, write_rows
 
 LIMIT_S = 12e-6  # forward with gradient over the bare launch, on a 2-core machine
 CALLS_PER_BACKWARD = 32
@@ -225,12 +224,13 @@ def row_of(
 ) -> Row:
     """As the other suites write it; nothing is computed, so nothing can be wrong."""
     return Row(
+        suite="overhead",
         op=op,
-        direction=f"{direction}, host time",
+        direction=direction,
         shape={},
         dtype="float32",
         peer=peer,
-        median_s=statistics.median(taken),
+        median_s=quantile(taken, 0.5),
         p20_s=quantile(taken, 0.2),
         p80_s=quantile(taken, 0.8),
         samples=len(taken),
@@ -266,9 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append(row_of(op, direction, peer, taken, facts))
     print(table_of(seconds))
     print(f"torch's own layer_norm with gradient, kernel included: {quantile(own, 0.2) * 1e6:.1f}")
-    machine = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
-    path = options.results / f"overhead-{machine}-{stamp}.jsonl"
+    path = options.results / file_name("overhead", facts)
     write_rows(rows, path)
     print(f"{len(rows)} rows -> {path}")
     added = {

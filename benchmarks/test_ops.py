@@ -1,7 +1,7 @@
 """The cases of the ops under pytest-benchmark: pytest benchmarks/ [--benchmark-json FILE]
 
-Each peer's result is checked before it is timed, as in `make bench`, which interleaves the peers
-besides: ratios between them are to be read from there.
+Each peer's result is checked before it is timed, as in `bertkern bench`, which interleaves the
+peers besides: ratios between them are to be read from there.
 """
 
 from dataclasses import replace
@@ -9,11 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 from bertkern.benchmarks import op_cases
-from bertkern.benchmarks.harness import bound, check, output_gradient
+from bertkern.benchmarks.harness import check
+from bertkern.benchmarks.peers import Peers
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-CASES = {case.name: case for case in op_cases.ops(DEVICE, DTYPE, quick=True)}
+CASES = {
+    case.name: case for case in op_cases.cases(Peers(["eager", "sdpa"], DEVICE), DTYPE, quick=True)
+}
 PEERS = [
     (name, peer, direction)
     for name, case in CASES.items()
@@ -25,20 +28,16 @@ PEERS = [
 @pytest.mark.parametrize(("name", "peer", "direction"), PEERS)
 def test_op(benchmark, name, peer, direction):
     case = CASES[name]
-    leaves = [t.to(case.dtype).to(DEVICE) for t in case.inputs()]
-    with torch.no_grad():
-        dout = output_gradient(case.plain(*leaves))
     case = replace(case, peers={peer: case.peers[peer]}, passes=(direction,))
-    problem = check(case, leaves, dout)[peer, direction]
-    if problem.startswith("not run"):
-        pytest.skip(problem)
-    assert not problem
-    call = bound(case.peers[peer], leaves, direction, dout)
+    outcome = check(case, DEVICE)[peer, direction]
+    if outcome.error.startswith("not run"):
+        pytest.skip(outcome.error)
+    assert not outcome.error
     benchmark.group = f"{name} {direction}"
     benchmark.extra_info.update(peer=peer, flops=case.flops[direction], bytes=case.bytes[direction])
 
     def synchronized():
-        call()
+        outcome.call()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 

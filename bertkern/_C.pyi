@@ -42,6 +42,11 @@ def set_cpu_isa(name: str) -> None:
     """Use one of `cpu_isas()` from now on (tests; BERTKERN_CPU_ISA in the environment does the
     same)."""
 
+def cpu_fma_rates(type: str, threads: int) -> list[float]:
+    """Operations a second (two a multiply-add) that the processor's widest instruction for
+    "float32", "bfloat16" or "int8" reaches from registers, of some repeats; empty where it has
+    none."""
+
 def cuda_device_count() -> tuple[int, str | None]:
     """(devices, None), or (0, why there is none: not compiled, no driver, driver too old ...)."""
 

@@ -14,6 +14,7 @@
 
 #include "common/dtype.h"
 #include "cpu/cpu.h"
+#include "cpu/fma_rate.h"
 #include "cpu/parallel.h"
 #include "cuda/device.h"
 #include "cuda/layer_norm.h"
@@ -287,6 +288,14 @@ void cuda_layer_norm_bwd(Address dy, Address dz, Address z, Address weight, Addr
                        device, at(stream));
 }
 
+std::vector<double> cpu_fma_rates(const std::string& type, int threads) {
+  check(threads > 0, "threads is " + std::to_string(threads) + "; allowed are 1 and more");
+  if (type == "float32") return cpu::fma_rates(cpu::FmaType::kFloat32, threads);
+  if (type == "bfloat16") return cpu::fma_rates(cpu::FmaType::kBFloat16, threads);
+  if (type == "int8") return cpu::fma_rates(cpu::FmaType::kInt8, threads);
+  throw std::invalid_argument("type is '" + type + "'; allowed are float32, bfloat16, int8");
+}
+
 std::vector<std::string> cpu_isas() {
   int count = 0;
   const char* const* names = available_isas(&count);
@@ -341,6 +350,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What was compiled, by what, and why anything is absent.");
   m.def("cpu_isas", &cpu_isas, "Instruction sets compiled in that this processor has, best last.");
   m.def("set_cpu_isa", &set_cpu_isa, "name"_a, "Use one of cpu_isas() from now on.");
+  m.def("cpu_fma_rates", &cpu_fma_rates, "type"_a, "threads"_a, ReleaseGil(),
+        "Multiply-add operations a second, of repeats; empty where there is no instruction.");
   m.def("cuda_device_count", &cuda_device_count,
         "(devices, None), or (0, why there is none). Never raises.");
   m.def("cuda_unusable", &cuda_unusable, "Why the CUDA kernels cannot be used; None if they can.");

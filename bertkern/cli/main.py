@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from .._version import __version__
-from . import demo, embed, fill_mask, info, pretrain, tune
+from . import bench, demo, embed, fill_mask, info, pretrain, tune
 from .console import CommandError, err, one_line
 
 # What a user can put right: one line. Anything else is our bug and shows its traceback.
@@ -70,6 +70,7 @@ app.command("embed")(embed.embed)
 app.command("fill-mask")(fill_mask.fill_mask)
 app.command("pretrain")(pretrain.pretrain)
 app.command("tune")(tune.tune)
+app.command("bench", context_settings=bench.CONTEXT)(bench.bench)
 
 
 def main() -> None:

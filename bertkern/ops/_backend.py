@@ -130,6 +130,15 @@ def unusable(name: str, device_type: str) -> str | None:
     return extension.cuda_unusable()
 
 
+def backends_of(op: str, device_type: str) -> list[str]:
+    """Those that have the op and work here, in the order in which they are asked."""
+    return [
+        name
+        for name in _PREFERENCE[device_type]
+        if op in _OPS[name] and unusable(name, device_type) is None
+    ]
+
+
 def _cannot(
     name: str,
     op: str,

@@ -390,3 +390,9 @@ def dropout(
         **dropout_options(dropout_p, dropout_seed),
     )
     return y
+
+
+def fma_rates(type_name: str, threads: int) -> list[float]:
+    """Operations a second of the widest multiply-add for "float32", "bfloat16" or "int8", measured
+    some times; empty where the processor has none. The benchmarks' ceiling; no op uses it."""
+    return _C.cpu_fma_rates(type_name, threads)

@@ -80,8 +80,9 @@ def assert_close(
     if out.numel() == 0:
         return
     dtype = out.dtype
-    out64, same64 = out.detach().double().cpu(), same_dtype.detach().double().cpu()
-    ref64 = ref64.detach().double().cpu()
+    ref64 = ref64.detach().double()
+    out64 = out.detach().double().to(ref64.device)
+    same64 = same_dtype.detach().double().to(ref64.device)
     undefined = ref64.isnan()
     assert (out64[undefined] == 0).all(), f"{name}: not 0 in rows where torch gives NaN"
     beyond = ~ref64.to(dtype).isfinite() & ~undefined  # the truth itself leaves the dtype's range

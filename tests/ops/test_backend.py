@@ -99,3 +99,13 @@ def test_triton_without_interpreter_says_how():
     )
     assert run.returncode == 1
     assert "TRITON_INTERPRET=1" in run.stderr
+
+
+def test_backends_of_an_op_in_the_order_in_which_they_are_asked(monkeypatch):
+    monkeypatch.setattr(_backend, "unusable", lambda name, device_type: None)
+    assert _backend.backends_of("layer_norm", "cuda") == ["cuda", "triton", "reference"]
+    assert _backend.backends_of("ffn", "cpu") == ["cpu", "reference"]
+    monkeypatch.setattr(
+        _backend, "unusable", lambda name, _: "no driver" if name == "cuda" else None
+    )
+    assert _backend.backends_of("layer_norm", "cuda") == ["triton", "reference"]
