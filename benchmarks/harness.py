@@ -1,8 +1,11 @@
 """The harness: every figure of the suite is checked, measured and recorded here.
 
 How a case is timed. All peers of a case run in this process and are interleaved: sample 1 of
-each, then sample 2 of each, beginning with another peer every time, so that a machine that slows
-down slows all of them. What is kept is the median with the 20 % and 80 % quantiles.
+each, then sample 2 of each, in another order every time, so that a machine that slows down slows
+all of them. Before a peer's turn on a CPU the harness waits until the threads of the one before
+sleep (thread pools spin for a while, and would take a core from the next), and calls once without
+timing.
+What is kept is the median with the 20 % and 80 % quantiles.
 
     warm    a sample is as many calls one after the other as take about SAMPLE_SECONDS
     cold    GPU: a sample is one call, after the L2 cache was filled with something else
@@ -17,6 +20,7 @@ not timed. A peer that cannot run is recorded with its reason and disturbs nobod
 """
 
 import math
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
 
 SAMPLE_SECONDS = 2e-3
 SLOW_SECONDS = 0.1  # the first timing of a call that takes longer is its first sample
+SETTLING_SECONDS, MOST_SETTLING_SECONDS = 1e-3, 0.5
 LEAST_ROUNDS = 3  # of interleaved samples, however slow the calls are
 L2_FLUSH_BYTES = 256 * 2**20  # larger than any L2 of today: 50 MB on H100, 126 MB on B200
 # The states of the caches in which an op is timed.
@@ -336,6 +341,7 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in calls}
 
     def first_calls(name: str) -> None:
+        timer.settle()
         seconds = timer(calls[name], 1)
         if seconds < SAMPLE_SECONDS:  # what was slow is warm
             calls[name]()
@@ -345,6 +351,9 @@ def measure(
             times[name].append(seconds)
 
     def sample(name: str) -> None:
+        timer.settle()
+        if not times[name] or times[name][-1] < SLOW_SECONDS:
+            calls[name]()
         times[name].append(timer(calls[name], numbers[name]))
 
     def guarded(step: Callable[[str], None], name: str) -> None:
@@ -359,6 +368,7 @@ def measure(
     for name in calls:
         guarded(first_calls, name)
     order = list(times)
+    shuffle = random.Random(0)
     end = time.perf_counter() + budget
     while times and (done := min(map(len, times.values()))) < samples:
         if done >= LEAST_ROUNDS and time.perf_counter() > end:
@@ -366,11 +376,21 @@ def measure(
         for name in order:
             if len(times[name]) < samples:
                 guarded(sample, name)
-        order = [name for name in (*order[1:], order[0]) if name in times]
+        order = [name for name in order if name in times]
+        shuffle.shuffle(order)
     return times
 
 
 class _CpuTimer:
+    def settle(self) -> None:
+        """Wait until no thread of this process works."""
+        end = time.perf_counter() + MOST_SETTLING_SECONDS
+        while time.perf_counter() < end:
+            worked = time.process_time()
+            time.sleep(SETTLING_SECONDS)
+            if time.process_time() - worked < 0.2 * SETTLING_SECONDS:
+                return
+
     def calls_per_sample(self, seconds: float) -> int:
         return max(1, math.ceil(SAMPLE_SECONDS / seconds))
 
@@ -385,6 +405,9 @@ class _GpuTimer:
     def __init__(self, device: torch.device, cold: bool) -> None:
         self.flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=device) if cold else None
         self.device = device
+
+    def settle(self) -> None:
+        """A stream runs one call after the other anyway."""
 
     def calls_per_sample(self, seconds: float) -> int:
         return 1 if self.flush is not None else max(1, math.ceil(SAMPLE_SECONDS / seconds))

@@ -211,12 +211,12 @@ def batches_of(name: str, device: torch.device, quick: bool) -> list[Batch]:
     if name == "base":
         batches = [batch_of([128] * (2 if quick else 8))]
         if not quick:
-            batches += [batch_of([32]), batch_of([512] * 2), batch_of(mixed_lengths(8, 256))]
+            batches += [batch_of([32]), batch_of([512] * 2), batch_of(mixed_lengths(4, 256))]
         return batches
     batches = [batch_of([128] * 8), batch_of(mixed_lengths(8, 256))]
     if not quick:
-        batches += [batch_of([n] * 8, {"B": 8, "S": n}, "S") for n in (32, 64, 256, 512)]
-        batches += [batch_of([64] * n, {"B": n, "S": 64}, "B") for n in (1, 4, 16, 64, 256)]
+        batches += [batch_of([n] * 8, {"B": 8, "S": n}, "S") for n in (64, 256, 512)]
+        batches += [batch_of([32] * n, {"B": n, "S": 32}, "B") for n in (1, 4, 16, 64, 256)]
     return batches
 
 

@@ -31,7 +31,7 @@ from .training_cases import training
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SUITES = ("ops", "models", "training")
 # Samples of a case, and the seconds that they may take: an op's, a model's.
-FULL, QUICK = (25, 1.5, 6.0), (9, 0.5, 1.0)
+FULL, QUICK = (25, 1.0, 5.0), (9, 0.5, 1.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -456,6 +456,7 @@ def clock(monkeypatch):
         now = 0.0
 
     monkeypatch.setattr(harness.time, "perf_counter", lambda: Clock.now)
+    monkeypatch.setattr(harness._CpuTimer, "settle", lambda self: None)
     return Clock
 
 
@@ -468,11 +469,38 @@ def takes(clock, seconds, log=None, name=""):
     return call
 
 
-def test_samples_are_interleaved_and_another_begins_every_time(clock):
+def test_samples_are_interleaved_in_another_order_every_time(clock):
     log = []
     calls = {name: takes(clock, SHORT, log, name) for name in "abc"}
-    harness.measure(calls, CPU, 4)
-    assert "".join(log)[-12:] == "abcbcacababc"
+    harness.measure(calls, CPU, 20)
+    turns = "".join(log)[-20 * 3 * 2 :]  # each sample after a call without timing
+    rounds = [turns[i : i + 6] for i in range(0, len(turns), 6)]
+    assert all(sorted(one) == list("aabbcc") for one in rounds)
+    assert all(one[0] == one[1] and one[2] == one[3] for one in rounds)
+    assert len(set(rounds)) > 3
+    followers = {one[i : i + 3 : 2] for one in rounds for i in (0, 2)}
+    assert followers == {"ab", "ba", "ac", "ca", "bc", "cb"}  # nobody always follows the same
+
+
+def test_a_turn_begins_when_the_threads_of_the_one_before_sleep(monkeypatch):
+    """Somebody spins for 30 ms."""
+    start = harness.time.perf_counter()
+
+    def worked():
+        now = harness.time.perf_counter()
+        return min(now, start + 0.03)
+
+    monkeypatch.setattr(harness.time, "process_time", worked)
+    harness._CpuTimer().settle()
+    assert harness.time.perf_counter() - start >= 0.03
+
+
+def test_a_thread_that_never_sleeps_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(harness, "MOST_SETTLING_SECONDS", 0.02)
+    monkeypatch.setattr(harness.time, "process_time", harness.time.perf_counter)
+    start = harness.time.perf_counter()
+    harness._CpuTimer().settle()
+    assert 0.02 <= harness.time.perf_counter() - start < 1.0
 
 
 def test_a_sample_is_many_calls_of_what_is_short(clock):
@@ -481,8 +509,8 @@ def test_a_sample_is_many_calls_of_what_is_short(clock):
     times = harness.measure(calls, CPU, 6)
     assert times["short"] == pytest.approx([1e-5] * 6)
     assert times["long"] == pytest.approx([SHORT] * 6)
-    assert log.count("s") == pytest.approx(6 * harness.SAMPLE_SECONDS / 1e-5, abs=10)
-    assert log.count("l") == 6 + 1  # one to see how long it takes
+    assert log.count("s") == pytest.approx(6 * harness.SAMPLE_SECONDS / 1e-5, abs=16)
+    assert log.count("l") == 6 * 2 + 1  # one to see how long it takes, one before each sample
 
 
 def test_the_first_call_of_what_is_short_does_not_count(clock):
@@ -501,7 +529,7 @@ def test_a_call_that_the_clock_cannot_see_is_measured(clock):
 
 @pytest.mark.parametrize(
     ("budget", "rounds"),
-    [(0.0, harness.LEAST_ROUNDS), (9.5 * SHORT, 5), (1000 * SHORT, 9)],
+    [(0.0, harness.LEAST_ROUNDS), (19.5 * SHORT, 5), (1000 * SHORT, 9)],
 )
 def test_the_budget_ends_the_samples_but_not_before_the_least(clock, budget, rounds):
     calls = {"a": takes(clock, SHORT), "b": takes(clock, SHORT)}
