@@ -23,7 +23,7 @@ from .peers import Peers
 
 HIDDEN = 768  # heads times head dim of BERT-base
 FORWARD = ("forward",)
-EAGER_BYTES = 4 * 2**30  # scores larger than that are not made by torch's eager ops
+EAGER_BYTES = {"cpu": 2**29, "cuda": 4 * 2**30}  # larger scores are not made by eager ops
 
 
 def normal(*shapes: Sequence[int]) -> Callable[[int], list[Tensor]]:
@@ -115,7 +115,7 @@ def attention(
             peers[f"torch sdpa {name}"] = variants(
                 lambda p, name=name: others.sdpa(seen, causal, p, name)  # type: ignore[misc]
             )
-    if "eager" in who and batch * heads * seqlen * seqlen * size <= EAGER_BYTES:
+    if "eager" in who and batch * heads * seqlen * seqlen * size <= EAGER_BYTES[device.type]:
         peers["torch eager"] = variants(lambda p: others.eager(seen, causal, p))
     plain = not (bias or dropout_p)
     on_gpu = device.type == "cuda"

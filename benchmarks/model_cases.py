@@ -211,7 +211,7 @@ def batches_of(name: str, device: torch.device, quick: bool) -> list[Batch]:
     if name == "base":
         batches = [batch_of([128] * (2 if quick else 8))]
         if not quick:
-            batches += [batch_of([32]), batch_of([512] * 2), batch_of(mixed_lengths(4, 256))]
+            batches += [batch_of([32]), batch_of([512]), batch_of(mixed_lengths(4, 256))]
         return batches
     batches = [batch_of([128] * 8), batch_of(mixed_lengths(8, 256))]
     if not quick:
