@@ -187,6 +187,39 @@ def cpu_layer_norm_fwd(
     dropout_rows int64 [rows] or 0. z is not written when it is 0, which needs residual 0.
     """
 
+def cpu_embedding_layer_norm_fwd(
+    ids: int,
+    position_ids: int,
+    type_ids: int,
+    word: int,
+    position: int,
+    type: int,
+    weight: int,
+    bias: int,
+    y: int,
+    mean: int,
+    rstd: int,
+    dropout_rows: int,
+    word_stride: int,
+    position_stride: int,
+    type_stride: int,
+    rows: int,
+    cols: int,
+    dtype: DType,
+    weight_dtype: DType,
+    bias_dtype: DType,
+    eps: float,
+    dropout_threshold: int,
+    dropout_scale: float,
+    dropout_seed: int,
+    threads: int,
+) -> None:
+    """y = dropout((z − mean) · rstd · weight + bias), z = word[id] + position[p] + type[t] in fp32.
+
+    ids, position_ids, type_ids int64 [rows], rows of the tables (the caller checked them); type_ids
+    0: type row 0. The tables have `dtype` and a row stride; y [rows, cols] contiguous, mean, rstd
+    fp32 [rows]."""
+
 def cpu_layer_norm_bwd(
     dy: int,
     dz: int,

@@ -188,6 +188,29 @@ void cpu_layer_norm_fwd(Address x, Address residual, Address weight, Address bia
                       threads);
 }
 
+void cpu_embedding_layer_norm_fwd(Address ids, Address position_ids, Address type_ids, Address word,
+                                  Address position, Address type, Address weight, Address bias,
+                                  Address y, Address mean, Address rstd, Address dropout_rows,
+                                  int64_t word_stride, int64_t position_stride, int64_t type_stride,
+                                  int64_t rows, int64_t cols, DType dtype, DType weight_dtype,
+                                  DType bias_dtype, float eps, uint32_t dropout_threshold,
+                                  float dropout_scale, int64_t dropout_seed, int threads) {
+  EmbeddingArguments e{};
+  e.ids = at<const int64_t>(ids);
+  e.position_ids = at<const int64_t>(position_ids);
+  e.type_ids = at<const int64_t>(type_ids);
+  e.word = at(word), e.position = at(position), e.type = at(type);
+  e.word_stride = word_stride, e.position_stride = position_stride, e.type_stride = type_stride;
+  e.norm.weight = at(weight), e.norm.bias = at(bias);
+  e.norm.y = at(y), e.norm.mean = at<float>(mean), e.norm.rstd = at<float>(rstd);
+  e.norm.dropout_rows = at<const int64_t>(dropout_rows);
+  e.norm.rows = rows, e.norm.cols = cols;
+  e.norm.dtype = dtype, e.norm.weight_dtype = weight_dtype, e.norm.bias_dtype = bias_dtype;
+  e.norm.eps = eps;
+  e.norm.dropout = dropout_of(dropout_threshold, dropout_scale, dropout_seed);
+  cpu::embedding_layer_norm_fwd(e, threads);
+}
+
 void cpu_layer_norm_bwd(Address dy, Address dz, Address z, Address weight, Address mean,
                         Address rstd, Address dx, Address dresidual, Address dweight, Address dbias,
                         Address dropout_rows, int64_t dy_stride, int64_t dz_stride,
@@ -387,6 +410,12 @@ PYBIND11_MODULE(_C, m) {
         "y = (z - mean) * rstd * weight + bias, z = residual + dropout(x); x, y, z [rows, cols], "
         "mean, "
         "rstd fp32 [rows]. Without a residual z is x, and is not written. ");
+  m.def("cpu_embedding_layer_norm_fwd", &cpu_embedding_layer_norm_fwd, "ids"_a, "position_ids"_a,
+        "type_ids"_a, "word"_a, "position"_a, "type"_a, "weight"_a, "bias"_a, "y"_a, "mean"_a,
+        "rstd"_a, "dropout_rows"_a, "word_stride"_a, "position_stride"_a, "type_stride"_a, "rows"_a,
+        "cols"_a, "dtype"_a, "weight_dtype"_a, "bias_dtype"_a, "eps"_a, "dropout_threshold"_a,
+        "dropout_scale"_a, "dropout_seed"_a, "threads"_a, ReleaseGil(),
+        "y = dropout(LayerNorm(word[id] + position[p] + type[t])); ids int64 [rows], checked.");
   m.def("cpu_layer_norm_bwd", &cpu_layer_norm_bwd, "dy"_a, "dz"_a, "z"_a, "weight"_a, "mean"_a,
         "rstd"_a, "dx"_a, "dresidual"_a, "dweight"_a, "dbias"_a, "dropout_rows"_a, "dy_stride"_a,
         "dz_stride"_a, "z_stride"_a, "rows"_a, "cols"_a, "dtype"_a, "weight_dtype"_a,

@@ -1,29 +1,31 @@
-"""The backend "cpu" of embedding_layer_norm: torch's gathers and the compiled LayerNorm.
+"""The backend "cpu" of embedding_layer_norm: the compiled kernel reads the tables' rows itself; the
+backward gathers again, by torch, into the compiled LayerNorm's.
 
-The last of the two additions stands in the pass that normalises; the backward gathers again.
-Equation, legend and arguments are those of `bertkern/reference/embedding_layer_norm.py`; in half
-precision z is rounded to the tables' dtype.
+Equation, legend and arguments are those of `bertkern/reference/embedding_layer_norm.py`.
 """
 
 import torch
 from torch import Tensor
 
+from bertkern import _C
+
 from ..reference.embedding_layer_norm import check_all_ids, table_gradient, type_gradient
 from . import _cpu
 
 
-def _addends(
+def _sum(
     ids: Tensor,
     position_ids: Tensor,
     type_ids: Tensor | None,
     word: Tensor,
     position: Tensor,
     type: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """word[ids] and position[position_ids] + type[type_ids], fresh [tokens, cols]."""
-    others = position.index_select(0, position_ids)
-    others += type[0] if type_ids is None else type.index_select(0, type_ids)
-    return word.index_select(0, ids), others
+) -> Tensor:
+    """word[ids] + position[position_ids] + type[type_ids], float32 [tokens, cols]."""
+    z = word.index_select(0, ids).float()
+    z += position.index_select(0, position_ids)
+    z += type[0] if type_ids is None else type.index_select(0, type_ids)
+    return z
 
 
 def _table_gradient(dz: Tensor, ids: Tensor, table: Tensor, padding_idx: int) -> Tensor:
@@ -52,10 +54,38 @@ def embedding_layer_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd)."""
     check_all_ids(ids, position_ids, type_ids, word, position, type)
-    addends = _addends(ids, position_ids, type_ids, word, position, type)
-    y, _, mean, rstd = _cpu.dropout_add_layer_norm_fwd(*addends, weight, bias, 0.0, eps, None, None)
-    if dropout_seed is not None:
-        y = _cpu.dropout(y, dropout_p, dropout_seed, dropout_rows)
+    rows, cols = ids.shape[0], word.shape[1]
+    y = torch.empty(rows, cols, dtype=word.dtype)
+    mean, rstd = (torch.empty(rows, dtype=torch.float32) for _ in range(2))
+    # int32 ids are copied; the variables keep the copies alive during the call
+    words, positions = ids.long(), position_ids.long()
+    types = None if type_ids is None else type_ids.long()
+    weight, bias = _cpu.parameter(weight), _cpu.parameter(bias)
+    _C.cpu_embedding_layer_norm_fwd(
+        ids=_cpu.address(words),
+        position_ids=_cpu.address(positions),
+        type_ids=_cpu.address(types),
+        word=_cpu.address(word),
+        position=_cpu.address(position),
+        type=_cpu.address(type),
+        weight=_cpu.address(weight),
+        bias=_cpu.address(bias),
+        y=_cpu.address(y),
+        mean=_cpu.address(mean),
+        rstd=_cpu.address(rstd),
+        dropout_rows=_cpu.address(dropout_rows),
+        word_stride=word.stride(0),
+        position_stride=position.stride(0),
+        type_stride=type.stride(0),
+        rows=rows,
+        cols=cols,
+        dtype=_cpu.DTYPES[word.dtype],
+        weight_dtype=_cpu.dtype_or(weight, word),
+        bias_dtype=_cpu.dtype_or(bias, word),
+        eps=eps,
+        threads=torch.get_num_threads(),
+        **_cpu.dropout_options(dropout_p, dropout_seed),
+    )
     return y, mean, rstd
 
 
@@ -79,10 +109,8 @@ def embedding_layer_norm_bwd(
     """(dword, dposition, dtype, dweight, dbias)."""
     if dropout_seed is not None:
         dy = _cpu.dropout(dy, dropout_p, dropout_seed, dropout_rows)
-    z, others = _addends(ids, position_ids, type_ids, word, position, type)
-    z += others
-    dz, dweight, dbias = _cpu.layer_norm_bwd(dy, z, weight, bias, mean, rstd)
-    dz = dz.float()
+    z = _sum(ids, position_ids, type_ids, word, position, type)
+    dz, dweight, dbias = _cpu.layer_norm_bwd(dy.float(), z, weight, bias, mean, rstd)
     dword = _table_gradient(dz, ids, word, padding_idx)
     dposition = _table_gradient(dz, position_ids, position, -1)
     return dword, dposition, type_gradient(dz, type_ids, type), dweight, dbias

@@ -10,6 +10,7 @@ void attention_fwd(const AttentionArguments& arguments, int threads);
 void attention_bwd(const AttentionArguments& arguments, int threads);
 
 void layer_norm_fwd(const NormArguments& arguments, int threads);
+void embedding_layer_norm_fwd(const EmbeddingArguments& arguments, int threads);
 // dweight and dbias [cols] in weight's and bias's dtype; null: not wanted.
 void layer_norm_bwd(const NormGradArguments& arguments, void* dweight, void* dbias,
                     DType bias_dtype, int threads);

@@ -148,9 +148,18 @@ void act_bwd(const ActGradArguments& a, float* dbias, int64_t first, int64_t las
 
 extern const Kernels table;
 const Kernels table = {
-    BERTKERN_ISA_NAME, attention_fwd_scratch, attention_fwd,   attention_bwd_scratch,
-    attention_bwd,     layer_norm_fwd,        layer_norm_bwd,  bias_act_fwd,
-    act_bwd,           cast_to_float,         cast_from_float,
+    BERTKERN_ISA_NAME,
+    attention_fwd_scratch,
+    attention_fwd,
+    attention_bwd_scratch,
+    attention_bwd,
+    layer_norm_fwd,
+    embedding_layer_norm_fwd,
+    layer_norm_bwd,
+    bias_act_fwd,
+    act_bwd,
+    cast_to_float,
+    cast_from_float,
 };
 
 }  // namespace bertkern::BERTKERN_ISA

@@ -16,6 +16,19 @@ void layer_norm_fwd(const NormArguments& a, int threads) {
   });
 }
 
+void embedding_layer_norm_fwd(const EmbeddingArguments& e, int threads) {
+  const NormArguments& a = e.norm;
+  const FloatVector weight(a.weight, a.weight_dtype, a.cols);
+  const FloatVector bias(a.bias, a.bias_dtype, a.cols);
+  const Kernels& table = kernels();
+  const int64_t step = rows_per_item(a.cols);
+  parallel_for((a.rows + step - 1) / step, threads, [&](int64_t item) {
+    const int64_t first = item * step, last = std::min(a.rows, first + step);
+    table.embedding_layer_norm_fwd(e, weight.data, bias.data, first, last,
+                                   thread_scratch(row_scratch(a.cols)));
+  });
+}
+
 void layer_norm_bwd(const NormGradArguments& a, void* dweight, void* dbias, DType bias_dtype,
                     int threads) {
   const FloatVector weight(a.weight, a.weight_dtype, a.cols);

@@ -1,6 +1,7 @@
 // LayerNorm of rows on the CPU (Ba et al. 2016), with dropout and a residual before it.
 //
-//   z = residual + dropout(x),  y = (z − mean) · rstd · weight + bias,  rstd = 1 / √(var + eps)
+//   z = residual + dropout(x), or the sum of three embeddings
+//   y = (z − mean) · rstd · weight + bias,  rstd = 1 / √(var + eps)
 //   backward:  x̂ = (z − mean) · rstd,  g = dy · weight
 //   dresidual = dz + rstd · (g − mean(g) − x̂ · mean(g · x̂)),  dx = dropout'(dresidual)
 //   dweight = Σ_rows dy · x̂,  dbias = Σ_rows dy
@@ -65,6 +66,31 @@ void fwd(const NormArguments& a, const float* weight, const float* bias, int64_t
   }
 }
 
+// The sum of the three rows stays in fp32.
+template <typename T>
+void embedding_fwd(const EmbeddingArguments& e, const float* weight, const float* bias,
+                   int64_t first, int64_t last, float* z) {
+  const NormArguments& a = e.norm;
+  const HiddenDropout dropout(a.dropout, a.dropout_rows);
+  for (int64_t row = first; row < last; ++row) {
+    const T* word = row_of<T>(e.word, e.ids[row], e.word_stride);
+    const T* position = row_of<T>(e.position, e.position_ids[row], e.position_stride);
+    const int64_t type_id = e.type_ids != nullptr ? e.type_ids[row] : 0;
+    const T* type = row_of<T>(e.type, type_id, e.type_stride);
+    for_columns<1>(a.cols, [&](int, int64_t c, int64_t n, Vi) INLINE_LAMBDA {
+      store(z + c,
+            load_columns(word + c, n) + load_columns(position + c, n) + load_columns(type + c, n));
+    });
+    normalise<float, T>(a, z, weight, bias, row);
+    if (a.dropout.threshold != 0) {
+      T* y = row_of<T>(a.y, row, a.cols);
+      read_row(y, z, a.cols);
+      dropout.apply(z, row, 0, a.cols);
+      write_row(z, y, a.cols);
+    }
+  }
+}
+
 // scratch: the columns' sums of a run of rows, for dweight and dbias, and a row of gradients.
 template <typename T>
 void bwd(const NormGradArguments& a, const float* weight, float* dweight, float* dbias,
@@ -125,6 +151,14 @@ void layer_norm_fwd(const NormArguments& a, const float* weight, const float* bi
   if (a.dtype == DType::kFloat32) return fwd<float>(a, weight, bias, first, last, scratch);
   if (a.dtype == DType::kFloat16) return fwd<Half>(a, weight, bias, first, last, scratch);
   return fwd<BFloat16>(a, weight, bias, first, last, scratch);
+}
+
+void embedding_layer_norm_fwd(const EmbeddingArguments& e, const float* weight, const float* bias,
+                              int64_t first, int64_t last, float* scratch) {
+  const DType dtype = e.norm.dtype;
+  if (dtype == DType::kFloat32) return embedding_fwd<float>(e, weight, bias, first, last, scratch);
+  if (dtype == DType::kFloat16) return embedding_fwd<Half>(e, weight, bias, first, last, scratch);
+  return embedding_fwd<BFloat16>(e, weight, bias, first, last, scratch);
 }
 
 void layer_norm_bwd(const NormGradArguments& a, const float* weight, float* dweight, float* dbias,

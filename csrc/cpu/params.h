@@ -95,6 +95,16 @@ struct NormArguments {
   Dropout dropout;
 };
 
+// y = dropout(LayerNorm(word[id] + position[p] + type[t])): the tables' rows, dtype `norm.dtype`,
+// and which of them each row of y sums; type_ids null: row 0. Of `norm` x, residual and z are not
+// used.
+struct EmbeddingArguments {
+  const int64_t *ids, *position_ids, *type_ids;
+  const void *word, *position, *type;
+  int64_t word_stride, position_stride, type_stride;
+  NormArguments norm;
+};
+
 struct NormGradArguments {
   const void *dy, *dz, *z, *weight;
   const float *mean, *rstd;
@@ -136,6 +146,8 @@ struct Kernels {
   // Rows [first, last). weight, bias: fp32, or null. scratch: row_scratch(cols) floats.
   void (*layer_norm_fwd)(const NormArguments&, const float* weight, const float* bias,
                          int64_t first, int64_t last, float* scratch);
+  void (*embedding_layer_norm_fwd)(const EmbeddingArguments&, const float* weight,
+                                   const float* bias, int64_t first, int64_t last, float* scratch);
   // dweight, dbias: fp32 [2, padded cols], zero before: the sums over these rows and what their
   // rounding lost; or null.
   void (*layer_norm_bwd)(const NormGradArguments&, const float* weight, float* dweight,

@@ -90,6 +90,8 @@ BERTKERN_INLINE T* row_of(void* data, int64_t row, int64_t stride) {
 
 void layer_norm_fwd(const NormArguments&, const float* weight, const float* bias, int64_t first,
                     int64_t last, float* scratch);
+void embedding_layer_norm_fwd(const EmbeddingArguments&, const float* weight, const float* bias,
+                              int64_t first, int64_t last, float* scratch);
 void layer_norm_bwd(const NormGradArguments&, const float* weight, float* dweight, float* dbias,
                     int64_t first, int64_t last, float* scratch);
 void bias_act_fwd(const ActArguments&, const float* bias, int64_t first, int64_t last);
