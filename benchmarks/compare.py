@@ -4,9 +4,12 @@ python -m bertkern.benchmarks.compare OLD NEW [--threshold X]
 
     ratio   time of a peer / time of bertkern, both of one run: higher is better
     noise   sqrt(sum of ((p80 - p20) / (2 median))^2) over bertkern and the peer, old and new
-    falls   new ratio < old ratio * (1 - max(noise, threshold))
+    drift   from run to run: of all pairs of peers of a case, 95 % changed their ratio by less
+    falls   new ratio < old ratio * (1 - max(noise, drift, threshold))
 
-A machine that is slower today is slower for both sides of a ratio, so two days compare. But a
+The samples of one run say little about the next one, where memory lies elsewhere; nobody changed
+the ratio of two peers, so what it moved by is noise, too (it is not known with fewer than
+LEAST_PAIRS of them). A machine that is slower today is slower for both sides of a ratio, so two days compare. But a
 ratio also falls when the peer's new version is faster. Therefore a case is a regression when its
 ratio falls against every peer that both files measured; where it falls against some of them only,
 these are named as "peer changed" and the exit code does not count them. (With a single peer the
@@ -16,18 +19,24 @@ output was correct and is now wrong or not measured is a regression, whatever th
 Each of bertkern's own rows ("bertkern", "bertkern [triton]") is a case of its own. Cases that stand
 in one file only are counted, not judged. Rows of the suite "limits" are the machine's, not ours.
 
+Where 5 % of a hundred cases move by chance, a fall is believed when it comes again: `bertkern bench
+--only CASE`, and compare once more.
+
 Exit code: 0 without regressions, 1 with, 2 when the files cannot be read or have nothing in common.
 """
 
 import argparse
+import itertools
 import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .row import OWN, Row, read_rows
+from .row import OWN, Row, quantile, read_rows
 
+LEAST_PAIRS = 20
+DRIFT_SHARE = 0.95
 THRESHOLD = 0.05  # a ratio that falls by less is no finding, however quiet the machine was
 
 What = tuple[str, ...]
@@ -187,20 +196,42 @@ class Verdict:
         return {-1: "regression", 1: "improvement", 0: "same"}[directions.pop()]
 
 
+def common_groups(old: Sequence[Row], new: Sequence[Row]) -> list[tuple[Group, dict[str, Row]]]:
+    """The groups of the old file that the new one has, with its rows by peer."""
+    after = _numbered(groups_of(new))
+    return [
+        (before, {row.peer: row for row in after[key].rows})
+        for key, before in _numbered(groups_of(old)).items()
+        if key in after and before.first.suite != "limits"
+    ]
+
+
+def peers_in_both(before: Group, new_rows: dict[str, Row]) -> list[tuple[Row, Row]]:
+    """Each peer's row then and now, where both were measured."""
+    return [
+        (row, new_rows[row.peer])
+        for row in before.others
+        if row.peer in new_rows and is_measured(row) and is_measured(new_rows[row.peer])
+    ]
+
+
+def drift_of(old: Sequence[Row], new: Sequence[Row]) -> float:
+    """By how much, relatively, ratios that nobody changed move from run to run; 0 if not known."""
+    moved = []
+    for before, new_rows in common_groups(old, new):
+        changes = [
+            math.log(_median(now) / _median(then)) for then, now in peers_in_both(before, new_rows)
+        ]
+        moved += [abs(one - other) for one, other in itertools.combinations(changes, 2)]
+    return 1 - math.exp(-quantile(moved, DRIFT_SHARE)) if len(moved) >= LEAST_PAIRS else 0.0
+
+
 def judge(old: Sequence[Row], new: Sequence[Row], threshold: float = THRESHOLD) -> list[Verdict]:
     """A verdict for each of our rows that the old file measured and whose group the new one has."""
     verdicts = []
-    after = _numbered(groups_of(new))
-    for key, before in _numbered(groups_of(old)).items():
-        now = after.get(key)
-        if now is None or before.first.suite == "limits":
-            continue
-        new_rows = {row.peer: row for row in now.rows}
-        pairs = [
-            (row, new_rows[row.peer])
-            for row in before.others
-            if row.peer in new_rows and is_measured(row) and is_measured(new_rows[row.peer])
-        ]
+    threshold = max(threshold, drift_of(old, new))
+    for before, new_rows in common_groups(old, new):
+        pairs = peers_in_both(before, new_rows)
         for own in (row for row in before.rows if row.own):
             if not is_measured(own):
                 continue
@@ -367,7 +398,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{f' ({lost} no longer measured correctly)' if lost else ''}, "
         f"{_count(len(kinds.get('improvement', [])), 'improvement')}, "
         f"{len(kinds.get('peer changed', []))} where a peer changed, "
-        f"{len(kinds.get('same', []))} the same within noise or {options.threshold:.0%}; "
+        f"{len(kinds.get('same', []))} the same within noise, drift ({drift_of(old, new):.0%}) or "
+        f"{options.threshold:.0%}; "
         f"{len(kinds.get('alone', []))} without a common peer, {_single(old, new)} in one file only"
     )
     return 1 if regressions else 0

@@ -188,3 +188,32 @@ def test_ours_is_the_one_that_is_named_so():
     assert compare.Group([triton, default]).own is default
     packed = row("bertkern packed", 5e-5)
     assert compare.Group([triton, packed]).own is packed
+
+
+def many(own, peers_of, count=30):
+    """Cases with one time of ours and those of two peers, all without noise of their own."""
+    rows = []
+    for i in range(count):
+        first, second = peers_of(i)
+        for peer, seconds in (("bertkern", own(i)), ("first", first), ("second", second)):
+            rows.append(row(peer, seconds, shape={"N": i}, spread=0.0))
+    return rows
+
+
+def test_what_two_peers_do_to_each_other_is_noise():
+    """Ours is 15 % slower in one case. It counts where peers keep still, not where they wander."""
+    old = many(lambda i: 1.0, lambda i: (1.0, 1.0))
+    slower = {"own": lambda i: 1.15 if i == 3 else 1.0}
+    still = many(slower["own"], lambda i: (1.0, 1.0))
+    wandering = many(slower["own"], lambda i: (1.0, 1.3 if i % 2 else 1.0))
+    assert compare.drift_of(old, still) == 0.0
+    assert compare.drift_of(old, wandering) == pytest.approx(1 - 1 / 1.3)
+    kinds = [v.kind for v in compare.judge(old, still)]
+    assert kinds.count("regression") == 1
+    assert "regression" not in [v.kind for v in compare.judge(old, wandering)]
+
+
+def test_few_peers_tell_no_drift():
+    old = many(lambda i: 1.0, lambda i: (1.0, 1.0), count=5)
+    new = many(lambda i: 1.0, lambda i: (1.0, 2.0), count=5)
+    assert compare.drift_of(old, new) == 0.0
