@@ -9,7 +9,9 @@ python -m bertkern.benchmarks.compare OLD NEW [--threshold X]
 
 The samples of one run say little about the next one, where memory lies elsewhere; nobody changed
 the ratio of two peers, so what it moved by is noise, too (it is not known with fewer than
-LEAST_PAIRS of them). A machine that is slower today is slower for both sides of a ratio, so two days compare. But a
+LEAST_PAIRS of them).
+
+A machine that is slower today is slower for both sides of a ratio, so two days compare. But a
 ratio also falls when the peer's new version is faster. Therefore a case is a regression when its
 ratio falls against every peer that both files measured; where it falls against some of them only,
 these are named as "peer changed" and the exit code does not count them. (With a single peer the
