@@ -26,12 +26,15 @@ FORWARD = ("forward",)
 EAGER_BYTES = {"cpu": 2**29, "cuda": 4 * 2**30}  # larger scores are not made by eager ops
 
 
-def normal(*shapes: Sequence[int]) -> Callable[[int], list[Tensor]]:
-    """Leaf tensors of N(0, 1); the same draw is the same in every run."""
+def normal(
+    *shapes: Sequence[int], device: torch.device | str = "cpu"
+) -> Callable[[int], list[Tensor]]:
+    """Leaf tensors of N(0, 1), made on the device; the same draw is the same in every run there."""
 
     def make(draw: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(draw)
-        return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        generator = torch.Generator(device).manual_seed(draw)
+        options: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": device}
+        return [torch.randn(shape, **options) for shape in shapes]
 
     return make
 
@@ -164,7 +167,7 @@ def attention(
         op="attention",
         shape=shape,
         dtype=dtype,
-        inputs=normal(*tensors, (1, heads, seqlen, seqlen)) if bias else normal(*tensors),
+        inputs=normal(*tensors, *[(1, heads, seqlen, seqlen)] * bias, device=device),
         plain=others.eager(seen, causal, 0.0),
         peers=peers,
         flops={"forward": 2 * product, "forward+backward": 7 * product},
@@ -244,7 +247,7 @@ def attention_varlen(
         op="attention_varlen",
         shape=shape,
         dtype=dtype,
-        inputs=normal(*[(total, heads, head_dim)] * 3),
+        inputs=normal(*[(total, heads, head_dim)] * 3, device=device),
         plain=one_by_one,
         peers=peers,
         flops={"forward": 2 * product, "forward+backward": 7 * product},

@@ -78,7 +78,7 @@ class Case:
     op: str
     shape: dict[str, int | str]
     dtype: torch.dtype
-    inputs: Callable[[int], Sequence[Tensor]]  # leaf tensors of a draw, fp64 on the CPU
+    inputs: Callable[[int], Sequence[Tensor]]  # leaf tensors of a draw, fp64
     plain: Callable[..., Tensor]  # the mathematics in ordinary torch ops, for the check
     peers: dict[str, Peer]
     flops: dict[str, float]  # per pass, what the mathematics needs

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import platform
 import subprocess
 import sys
@@ -103,6 +104,9 @@ def _status(name: str) -> int:
 
 
 def _commit() -> str:
+    given = os.environ.get("BERTKERN_COMMIT")  # of a build that stands elsewhere, as make gpu's
+    if given:
+        return given
     commit = _output("git", "rev-parse", "--short=12", "HEAD")
     top = _output("git", "rev-parse", "--show-toplevel")  # of another project, when installed in it
     if not commit or Path(top).resolve() != ROOT:

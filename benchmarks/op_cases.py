@@ -67,7 +67,7 @@ def layer_norm(rows: int, columns: int, dtype: torch.dtype, who: Peers, curve: s
         op="layer_norm",
         shape={"N": rows, "C": columns},
         dtype=dtype,
-        inputs=normal((rows, columns), (columns,), (columns,)),
+        inputs=normal((rows, columns), (columns,), (columns,), device=who.device),
         plain=plain,
         peers=peers,
         flops={"forward": 8.0 * rows * columns, "forward+backward": 20.0 * rows * columns},
@@ -106,7 +106,7 @@ def dropout_add_layer_norm(
         op="dropout_add_layer_norm",
         shape=shape,
         dtype=dtype,
-        inputs=normal((rows, columns), (rows, columns), (columns,), (columns,)),
+        inputs=normal(*[(rows, columns)] * 2, (columns,), (columns,), device=who.device),
         plain=plain,
         peers=own_peers(
             "dropout_add_layer_norm", own_with(dropout_p), own if drops else None, who.device
@@ -140,7 +140,9 @@ def embedding_layer_norm(batch: int, seqlen: int, dtype: torch.dtype, who: Peers
         op="embedding_layer_norm",
         shape={"N": rows, "C": HIDDEN, "V": VOCABULARY},
         dtype=dtype,
-        inputs=normal((VOCABULARY, HIDDEN), (POSITIONS, HIDDEN), (2, HIDDEN), (HIDDEN,), (HIDDEN,)),
+        inputs=normal(
+            *((n, HIDDEN) for n in (VOCABULARY, POSITIONS, 2)), (HIDDEN,), (HIDDEN,), device=device
+        ),
         plain=plain,
         peers=own_peers("embedding_layer_norm", own, None, device) | torch_peers(plain, who),
         flops={"forward": 10.0 * rows * HIDDEN, "forward+backward": 24.0 * rows * HIDDEN},
@@ -170,7 +172,7 @@ def linear(
         op=f"linear+{activation}" if activation else "linear",
         shape={"N": rows, "K": inputs, "F": outputs},
         dtype=dtype,
-        inputs=scaled((rows, inputs), (outputs, inputs), (outputs,)),
+        inputs=scaled((rows, inputs), (outputs, inputs), (outputs,), device=who.device),
         plain=plain,
         peers=own_peers("linear", own, None, who.device) | torch_peers(plain, who),
         flops={"forward": product, "forward+backward": 3 * product},
@@ -209,7 +211,12 @@ def ffn(rows: int, dtype: torch.dtype, who: Peers, dropout_p: float = 0.0, curve
         shape=shape,
         dtype=dtype,
         inputs=scaled(
-            (rows, HIDDEN), (FFN_HIDDEN, HIDDEN), (FFN_HIDDEN,), (HIDDEN, FFN_HIDDEN), (HIDDEN,)
+            (rows, HIDDEN),
+            (FFN_HIDDEN, HIDDEN),
+            (FFN_HIDDEN,),
+            (HIDDEN, FFN_HIDDEN),
+            (HIDDEN,),
+            device=who.device,
         ),
         plain=plain,
         peers=own_peers("ffn", own_with(dropout_p), own_with(0.0) if drops else None, who.device)
@@ -252,7 +259,7 @@ def linear_cross_entropy(rows: int, dtype: torch.dtype, who: Peers) -> Case:
         op="linear_cross_entropy",
         shape={"N": rows, "K": HIDDEN, "V": VOCABULARY},
         dtype=dtype,
-        inputs=scaled((rows, HIDDEN), (VOCABULARY, HIDDEN), (VOCABULARY,)),
+        inputs=scaled((rows, HIDDEN), (VOCABULARY, HIDDEN), (VOCABULARY,), device=who.device),
         plain=plain,
         peers=peers,
         flops={"forward": product, "forward+backward": 3 * product},
@@ -265,9 +272,11 @@ def linear_cross_entropy(rows: int, dtype: torch.dtype, who: Peers) -> Case:
     )
 
 
-def scaled(*shapes: Sequence[int]) -> Callable[[int], list[Tensor]]:
+def scaled(
+    *shapes: Sequence[int], device: torch.device | str = "cpu"
+) -> Callable[[int], list[Tensor]]:
     """As `normal`, with weights of size 1/sqrt(fan in), so that activations stay of size 1."""
-    make = normal(*shapes)
+    make = normal(*shapes, device=device)
 
     def make_scaled(draw: int) -> list[Tensor]:
         x, *parameters = make(draw)

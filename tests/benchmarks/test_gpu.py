@@ -1,5 +1,6 @@
 """`make gpu`: its steps, their limits, and that nothing is claimed where there is no GPU."""
 
+import subprocess
 import sys
 
 import pytest
@@ -100,3 +101,17 @@ def test_the_sample_for_the_sanitizer_runs_every_op(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.endswith(" ran") for line in lines) == 10
     assert sum("not run" in line for line in lines) == 10
+
+
+def test_the_commit_is_that_of_the_checkout(here, monkeypatch):
+    monkeypatch.setattr(gpu, "ROOT", here)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(here.parent))
+    assert gpu.commit_of_the_checkout() == "unknown"
+    (here / "file").write_text("one")
+    author = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "file"], [*author, "commit", "-q", "-m", "one"]):
+        subprocess.run(["git", "-C", str(here), *command], check=True)
+    commit = gpu.commit_of_the_checkout()
+    assert len(commit) == 12
+    (here / "file").write_text("two")
+    assert gpu.commit_of_the_checkout() == f"{commit}+changes"

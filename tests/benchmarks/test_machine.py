@@ -111,3 +111,8 @@ def test_what_a_call_raises_is_raised():
 
     with pytest.raises(ZeroDivisionError):
         machine.added_bytes(fails, CPU)
+
+
+def test_a_build_that_stands_elsewhere_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("BERTKERN_COMMIT", "c0ffee123456")
+    assert machine.provenance(torch.device("cpu"))["commit"] == "c0ffee123456"
