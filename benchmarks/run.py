@@ -117,7 +117,7 @@ def measure_suites(arguments: Sequence[str]) -> int:
 
     samples, op_budget, model_budget = QUICK if options.quick else FULL
     samples = options.samples or samples
-    interrupted = False
+    ended = ""
     try:
         limits = measure_limits(
             device, (*dict.fromkeys(("float32", *names)),), facts, options.quick
@@ -135,14 +135,16 @@ def measure_suites(arguments: Sequence[str]) -> int:
             progress(f"== {suite}")
             runners[suite]()
     except KeyboardInterrupt:
-        interrupted = True
+        ended = "interrupted"
+    except OSError as problem:  # a full disk: what was measured is in the table below
+        ended = f"stopped: {problem}"
     print(report.table_of([row for row in rows if row.op != "peer"]))
     for name, why in who.absent.items():
         print(f"{GROUPS[name][1]}: {why}")
     print(f"{len(rows)} rows in {time.monotonic() - start:.0f} s -> {path}")
-    if interrupted:
-        print(f"interrupted; what was measured is in {path}")
-        return 130
+    if ended:
+        print(f"{ended}; what was measured is above, and what was written is in {path}")
+        return 130 if ended == "interrupted" else 1
     if not options.no_report:
         folder = options.report or options.results.parent / "report"
         report.main([str(path), "--out", str(folder)])

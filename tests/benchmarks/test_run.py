@@ -214,7 +214,7 @@ def test_an_interrupt_leaves_the_rows_of_the_finished_cases(command, monkeypatch
     }
     assert any(row.suite == "limits" for row in rows)
     said = capsys.readouterr().out
-    assert f"interrupted; what was measured is in {file}" in said
+    assert f"interrupted; what was measured is above, and what was written is in {file}" in said
     assert command.reports == []
 
 
@@ -251,3 +251,18 @@ def test_report_and_compare_get_their_arguments(monkeypatch):
     assert run.main(["report", "a.jsonl"]) == 7
     assert run.main(["compare", "a", "b"]) == 8
     assert got == [("report", ["a.jsonl"]), ("compare", ["a", "b"])]
+
+
+def test_a_full_disk_loses_no_figure(command, monkeypatch, capsys):
+    written = []
+
+    def full(rows, path):
+        written.append(path)
+        if len(written) > 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "write_rows", full)
+    assert command("ops", "--peers", "none")[0] == 1
+    out = capsys.readouterr().out
+    assert "layer_norm N=8 C=32" in out
+    assert "No space left on device" in out
