@@ -8,7 +8,7 @@ import pytest
 import bertkern
 from bertkern.cli.main import app
 
-COMMANDS = ("info", "demo", "embed", "fill-mask", "pretrain", "tune")
+COMMANDS = ("info", "demo", "embed", "fill-mask", "pretrain", "tune", "bench")
 
 
 def test_version(run):
