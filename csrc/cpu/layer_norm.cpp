@@ -4,29 +4,31 @@
 
 namespace bertkern::cpu {
 
-void layer_norm_fwd(const NormArguments& a, int threads) {
+namespace {
+
+// kernel(weight, bias, first, last, scratch) for every range of rows, weight and bias in fp32.
+template <typename Kernel>
+void normalise_rows(const NormArguments& a, int threads, const Kernel& kernel) {
   const FloatVector weight(a.weight, a.weight_dtype, a.cols);
   const FloatVector bias(a.bias, a.bias_dtype, a.cols);
-  const Kernels& table = kernels();
   const int64_t step = rows_per_item(a.cols);
   parallel_for((a.rows + step - 1) / step, threads, [&](int64_t item) {
     const int64_t first = item * step, last = std::min(a.rows, first + step);
-    table.layer_norm_fwd(a, weight.data, bias.data, first, last,
-                         thread_scratch(row_scratch(a.cols)));
+    kernel(weight.data, bias.data, first, last, thread_scratch(row_scratch(a.cols)));
   });
 }
 
-void embedding_layer_norm_fwd(const EmbeddingArguments& e, int threads) {
-  const NormArguments& a = e.norm;
-  const FloatVector weight(a.weight, a.weight_dtype, a.cols);
-  const FloatVector bias(a.bias, a.bias_dtype, a.cols);
+}  // namespace
+
+void layer_norm_fwd(const NormArguments& a, int threads) {
   const Kernels& table = kernels();
-  const int64_t step = rows_per_item(a.cols);
-  parallel_for((a.rows + step - 1) / step, threads, [&](int64_t item) {
-    const int64_t first = item * step, last = std::min(a.rows, first + step);
-    table.embedding_layer_norm_fwd(e, weight.data, bias.data, first, last,
-                                   thread_scratch(row_scratch(a.cols)));
-  });
+  normalise_rows(a, threads, [&](const auto&... range) { table.layer_norm_fwd(a, range...); });
+}
+
+void embedding_layer_norm_fwd(const EmbeddingArguments& e, int threads) {
+  const Kernels& table = kernels();
+  normalise_rows(e.norm, threads,
+                 [&](const auto&... range) { table.embedding_layer_norm_fwd(e, range...); });
 }
 
 void layer_norm_bwd(const NormGradArguments& a, void* dweight, void* dbias, DType bias_dtype,
