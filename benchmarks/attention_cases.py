@@ -7,6 +7,7 @@ scores), as the papers do; causal half of it; padded batches what their real tok
 k, v and the output once, and in the backward those, the output's gradient and three gradients.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -129,13 +130,9 @@ def attention(
             passes=("forward", "forward+backward") if on_gpu else FORWARD,
         )
     if not (padded or bias):
-        for group, name in (
-            ("flash-attn", "FlashAttention 2"),
-            ("flash-attn-3", "FlashAttention 3"),
-            ("flash-attn-4", "FlashAttention 4"),
-        ):
-            if group in who and (not dropout_p or group == "flash-attn"):
-                peers[name] = variants(
+        for group in others.FLASH:
+            if group in who and (not dropout_p or group in others.FLASH_WITH_DROPOUT):
+                peers[others.GROUPS[group][1]] = variants(
                     lambda p, group=group: others.flash_attention(group, causal, p)  # type: ignore[misc]
                 )
         if "xformers" in who:
@@ -227,14 +224,12 @@ def attention_varlen(
     if "flex" in who and not dropout_p and device.type == "cuda":
         mask = others.flex(here, False, longest)
         peers["FlexAttention, padded"] = Peer(mask, enter=pad, leave=unpad)
-    for group, name in (
-        ("flash-attn", "FlashAttention 2"),
-        ("flash-attn-3", "FlashAttention 3"),
-        ("flash-attn-4", "FlashAttention 4"),
-    ):
-        if group in who and (not dropout_p or group == "flash-attn"):
-            make: Any = lambda p, g=group: others.flash_attention_varlen(g, cu_seqlens, longest, p)  # noqa: E731
-            peers[name] = Peer(make(dropout_p), checked=make(0.0) if dropout_p else None)
+    for group in others.FLASH:
+        if group in who and (not dropout_p or group in others.FLASH_WITH_DROPOUT):
+            packed = functools.partial(others.flash_attention_varlen, group, cu_seqlens, longest)
+            peers[others.GROUPS[group][1]] = Peer(
+                packed(dropout_p), checked=packed(0.0) if dropout_p else None
+            )
 
     size = torch.empty((), dtype=dtype).element_size()
     tensor_bytes = float(total * heads * head_dim * size)

@@ -4,8 +4,7 @@ How a case is timed. All peers of a case run in this process and are interleaved
 each, then sample 2 of each, in another order every time, so that a machine that slows down slows
 all of them. Before a peer's turn on a CPU the harness waits until the threads of the one before
 sleep (thread pools spin for a while, and would take a core from the next), and calls once without
-timing.
-What is kept is the median with the 20 % and 80 % quantiles.
+timing. What is kept is the median with the 20 % and 80 % quantiles.
 
     warm    a sample is as many calls one after the other as take about SAMPLE_SECONDS
     cold    GPU: a sample is one call, after the L2 cache was filled with something else
@@ -32,7 +31,7 @@ from torch import Tensor
 from bertkern.reference.tolerance import NearMiss, assert_close, hold_in_most_draws
 
 from .machine import added_bytes
-from .row import Row, is_own, quantile
+from .row import Row, is_own
 
 if TYPE_CHECKING:
     from .limits import Limits
@@ -435,14 +434,11 @@ def rows_of(outcomes: dict[str, Outcome], limits: "Limits", common: dict[str, An
         for cache, seconds in (outcome.seconds or {"warm": []}).items():
             floor = limits.floor(common["bytes"], common["flops"], common["dtype"], cache)
             rows.append(
-                Row(
+                Row.timed(
+                    seconds,
                     **common,
                     peer=name,
                     cache=cache,
-                    median_s=quantile(seconds, 0.5) if seconds else None,
-                    p20_s=quantile(seconds, 0.2) if seconds else None,
-                    p80_s=quantile(seconds, 0.8) if seconds else None,
-                    samples=len(seconds),
                     floor_s=floor,
                     peak_bytes=outcome.peak_bytes,
                     max_error=outcome.max_error,

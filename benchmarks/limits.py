@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from .harness import measure
-from .row import Row, quantile
+from .row import Row
 
 # Bytes that a copy reads and writes together. Between them the bandwidth is interpolated.
 COPIES = (2**18, 2**20, 2**22, 2**24, 2**26, 2**28, 2**30)
 PRODUCT = {"cpu": 1536, "cuda": 8192}  # rows, columns and depth of the product
 SAMPLES = 7
+FMA_OPERATIONS = 1e9  # the row of the multiply-add has the time of so many
 
 
 class Limits:
@@ -52,15 +53,25 @@ def measure_limits(
 ) -> Limits:
     """Measure bandwidth for several sizes, and the rate of each dtype."""
     limits = Limits()
+
+    def record(op: str, dtype: str, peer: str, seconds: list[float], **counted: Any) -> Row:
+        about = {"suite": "limits", "op": op, "dtype": dtype, "peer": peer, "provenance": facts}
+        row = Row.timed(seconds, **{"direction": "forward", "shape": {}, **about, **counted})
+        limits.rows.append(row)
+        return row
+
+    def seconds_of(call: Callable[[], Any]) -> list[float]:
+        return measure({"": call}, device, SAMPLES)[""]
+
     # Several times, apart: one disturbed millisecond must not lower the ceiling of the whole run.
     fma = [_fma_rates()] if device.type == "cpu" else []
     best: dict[float, float] = {}
     for moved in COPIES[: -1 if device.type == "cpu" else None]:
         source = torch.ones(moved // 8, dtype=torch.float32, device=device)
         target = torch.empty_like(source)
-        row = _row(device, facts, "copy", "float32", "torch", lambda s=source, t=target: t.copy_(s))
-        row.shape, row.bytes = {"bytes": moved}, float(moved)
-        limits.rows.append(row)
+        seconds = seconds_of(lambda s=source, t=target: t.copy_(s))  # type: ignore[misc]
+        counted = {"shape": {"bytes": moved}, "bytes": float(moved)}
+        row = record("copy", "float32", "torch", seconds, **counted)
         best[moved] = moved / row.p20_s  # type: ignore[operator]
     limits.copies = sorted(best.items())
     fma += [_fma_rates()] if device.type == "cpu" else []
@@ -69,44 +80,17 @@ def measure_limits(
         size = PRODUCT[device.type] // (2 if quick and device.type == "cpu" else 1)
         # random numbers: a GPU clocks higher on ones
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        row = _row(device, facts, "matrix product", name, "torch", lambda a=a, b=b: a @ b)
-        row.shape, row.flops = {"M": size, "N": size, "K": size}, 2.0 * size**3
-        limits.rows.append(row)
+        seconds = seconds_of(lambda a=a, b=b: a @ b)  # type: ignore[misc]
+        counted = {"shape": {"M": size, "N": size, "K": size}, "flops": 2.0 * size**3}
+        row = record("matrix product", name, "torch", seconds, **counted)
         limits.rates[name] = row.flops / row.p20_s  # type: ignore[operator]
     fma += [_fma_rates()] if device.type == "cpu" else []
     for name in fma[0] if fma else ():
         rates = [rate for measured in fma for rate in measured[name]]
-        row = _fma_row(name, rates, facts)
-        limits.rows.append(row)
+        seconds = [FMA_OPERATIONS / rate for rate in rates]
+        row = record("multiply-add", name, "registers", seconds, flops=FMA_OPERATIONS)
         limits.rates[name] = max(limits.rates.get(name, 0.0), row.flops / row.p20_s)  # type: ignore[operator]
     return limits
-
-
-def _row(
-    device: torch.device,
-    facts: dict[str, Any],
-    op: str,
-    dtype: str,
-    peer: str,
-    call: Callable[[], Any],
-) -> Row:
-    seconds = measure({peer: call}, device, SAMPLES)[peer]
-    return Row(
-        suite="limits",
-        op=op,
-        direction="forward",
-        shape={},
-        dtype=dtype,
-        peer=peer,
-        median_s=quantile(seconds, 0.5),
-        p20_s=quantile(seconds, 0.2),
-        p80_s=quantile(seconds, 0.8),
-        samples=len(seconds),
-        flops=0.0,
-        bytes=0.0,
-        correct=True,
-        provenance=facts,
-    )
 
 
 def _fma_rates() -> dict[str, list[float]]:
@@ -119,24 +103,3 @@ def _fma_rates() -> dict[str, list[float]]:
         for name in ("float32", "bfloat16", "int8")
     }
     return {name: rates for name, rates in measured.items() if rates}
-
-
-def _fma_row(name: str, rates: list[float], facts: dict[str, Any]) -> Row:
-    operations = 1e9  # the row's time is that of so many
-    seconds = sorted(operations / rate for rate in rates)
-    return Row(
-        suite="limits",
-        op="multiply-add",
-        direction="forward",
-        shape={},
-        dtype=name,
-        peer="registers",
-        median_s=quantile(seconds, 0.5),
-        p20_s=quantile(seconds, 0.2),
-        p80_s=quantile(seconds, 0.8),
-        samples=len(seconds),
-        flops=operations,
-        bytes=0.0,
-        correct=True,
-        provenance=facts,
-    )

@@ -223,20 +223,14 @@ def row_of(
     op: str, direction: str, peer: str, taken: Sequence[float], facts: dict[str, Any]
 ) -> Row:
     """As the other suites write it; nothing is computed, so nothing can be wrong."""
-    return Row(
+    return Row.timed(
+        taken,
         suite="overhead",
         op=op,
         direction=direction,
         shape={},
         dtype="float32",
         peer=peer,
-        median_s=quantile(taken, 0.5),
-        p20_s=quantile(taken, 0.2),
-        p80_s=quantile(taken, 0.8),
-        samples=len(taken),
-        flops=0.0,
-        bytes=0.0,
-        correct=True,
         provenance=facts,
     )
 

@@ -7,12 +7,14 @@ engines.py.
 """
 
 import functools
+import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -42,7 +44,9 @@ GROUPS: dict[str, tuple[str, str]] = {
     "openvino": ("openvino", "OpenVINO"),
     "ctranslate2": ("ctranslate2", "CTranslate2"),
 }
-GPU_ONLY = ("flash-attn", "flash-attn-3", "flash-attn-4", "xformers", "liger", "transformer-engine")
+FLASH = ("flash-attn", "flash-attn-3", "flash-attn-4")
+FLASH_WITH_DROPOUT = FLASH[:1]
+GPU_ONLY = (*FLASH, "xformers", "liger", "transformer-engine")
 CPU_ONLY = ("openvino",)
 COMPILED = ("compile", "flex")  # slow to start: left out of --quick
 
@@ -155,9 +159,6 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @contextmanager
 def without_warnings() -> Iterator[None]:
     """Peers warn of what does not concern a measurement."""
-    import logging
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)

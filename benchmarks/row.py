@@ -36,9 +36,9 @@ class Row:
     p20_s: float | None
     p80_s: float | None
     samples: int
-    flops: float
-    bytes: float
     correct: bool
+    flops: float = 0.0
+    bytes: float = 0.0
     cache: str = "warm"  # "cold": filled with something else before; "graph": CUDA graph, warm
     floor_s: float | None = None
     items: float = 0.0  # tokens, sentences: what the row's rate counts
@@ -49,6 +49,17 @@ class Row:
     note: str = ""
     error: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def timed(cls, seconds: Sequence[float], **fields: Any) -> "Row":
+        """The row of these samples, or one without a time where there are none."""
+        return cls(
+            **{"correct": True, **fields},
+            median_s=quantile(seconds, 0.5) if seconds else None,
+            p20_s=quantile(seconds, 0.2) if seconds else None,
+            p80_s=quantile(seconds, 0.8) if seconds else None,
+            samples=len(seconds),
+        )
 
     @property
     def shape_text(self) -> str:

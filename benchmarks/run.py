@@ -70,7 +70,7 @@ def parser_of_suites() -> argparse.ArgumentParser:
         "--report", type=Path, help="folder of tables and pictures (default: RESULTS/../report)"
     )
     parser.add_argument("--no-report", action="store_true", help="draw nothing")
-    parser.add_argument("--list", action="store_true", help="name the op cases and stop")
+    parser.add_argument("--list", action="store_true", help="name the cases and stop")
     return parser
 
 
@@ -177,19 +177,14 @@ def list_cases(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool)
 def absent_rows(who: Peers, suites: Sequence[str], facts: dict[str, object]) -> list[Row]:
     """A row for each peer that is not here, with its reason."""
     return [
-        Row(
+        Row.timed(
+            (),
             suite=suites[0],
             op="peer",
             direction="import",
             shape={},
             dtype="",
             peer=GROUPS[name][1],
-            median_s=None,
-            p20_s=None,
-            p80_s=None,
-            samples=0,
-            flops=0.0,
-            bytes=0.0,
             correct=False,
             error=why,
             provenance=dict(facts),

@@ -3,6 +3,7 @@ and AdamW, with dropout 0.1.
 
 Before a step is timed, its loss and its gradients' norm and direction are compared with fp64,
 dropout off.
+
 FLOPs: three times the forward's (layers as in model_cases.py; the head, P predictions of
 2 h^2 + 2 h V, by the tokens that have a label). Bytes: each weight read forward and backward, its
 gradient written; AdamW reads weight, gradient and two moments and writes three.
@@ -110,7 +111,9 @@ def errors_of(found: Sequence[float], exact: Sequence[float]) -> list[float]:
     return [loss / abs(exact[0]), norm / exact[1], cosine]
 
 
-def step_of(model: nn.Module, loss: Loss, dtype: torch.dtype, device: torch.device, parts: int):
+def step_of(
+    model: nn.Module, loss: Loss, dtype: torch.dtype, device: torch.device, parts: int
+) -> Callable[[], None]:
     """One optimizer step over `parts` times the batch, mixed precision where the dtype is short."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAMW)
     mixed = dtype != torch.float32
