@@ -56,9 +56,14 @@ SOURCES = (
     "cpu/parallel.cpp",
     "cpu/isa.cpp",
     "cpu/fma_rate.cpp",
-    "bindings.cpp",
 )
-CUDA_SOURCES = ("cuda/layer_norm.cu", "cuda/device.cu")
+BINDINGS = ("bindings.cpp", "cuda/bindings.cpp")
+CUDA_SOURCES = (
+    "cuda/attention.cu",
+    "cuda/embedding_layer_norm.cu",
+    "cuda/layer_norm.cu",
+    "cuda/device.cu",
+)
 
 LEAST_CUDA = (12, 4)
 CUDA_WHEELS = "nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl"
@@ -155,13 +160,17 @@ class BuildExtension(build_ext):
         cuda, reason = self._toolkit()
         jobs = max(1, int(os.environ.get("BERTKERN_JOBS", "2")))
         with ThreadPoolExecutor(jobs) as pool:
-            # nvcc takes longest, so it starts first.
-            cuda_objects = pool.submit(self._compile_cuda, cuda) if cuda else None
+            # nvcc takes longest, so its sources start first, one job each.
+            cuda_objects = (
+                [pool.submit(self._compile_cuda, cuda, source) for source in CUDA_SOURCES]
+                if cuda
+                else []
+            )
             cpu_objects = [pool.submit(self._compile_cpu, *unit) for unit in self._cpu_units()]
             objects = [unit.result() for unit in cpu_objects]
-            if cuda_objects is not None and cuda is not None:
+            if cuda is not None:
                 try:
-                    objects += cuda_objects.result()
+                    objects += [unit.result() for unit in cuda_objects]
                 except subprocess.CalledProcessError as error:
                     if os.environ.get("BERTKERN_CUDA") == "1":
                         raise SystemExit(
@@ -179,9 +188,10 @@ class BuildExtension(build_ext):
             "BERTKERN_CUDA_TARGETS": ", ".join(CUDA_TARGETS) if cuda else "",
         }
         defines = [f"-D{name}={_c_string(value)}" for name, value in facts.items()]
-        objects.append(self._compile_cpu("bindings.cpp", "bindings", defines))
-        if cuda is None:
-            objects.append(self._compile_cpu("cuda/absent.cpp", "cuda_absent", defines))
+        sources = BINDINGS if cuda else (*BINDINGS, "cuda/absent.cpp")
+        names = [source.replace("/", "_").removesuffix(".cpp") for source in sources]
+        with ThreadPoolExecutor(jobs) as pool:
+            objects += pool.map(self._compile_cpu, sources, names, [defines] * len(sources))
         self._link(objects, cuda, Path(self.get_ext_fullpath(ext.name)))
 
     def _find_compiler(self) -> list[str]:
@@ -227,29 +237,27 @@ class BuildExtension(build_ext):
                 names = [f"-DBERTKERN_ISA=isa_{isa}", f"-DBERTKERN_ISA_NAME={_c_string(isa)}"]
                 units.append((source, f"{Path(source).stem}_{isa}", [*ISA_FLAGS[isa], *names]))
         has = [f"-DBERTKERN_HAS_{isa.upper()}" for isa in isas]
-        units += [(source, f"cpu_{Path(source).stem}", has) for source in SOURCES if "/" in source]
+        units += [(source, f"cpu_{Path(source).stem}", has) for source in SOURCES]
         return units
 
     def _compile_cpu(self, source: str, name: str, flags: list[str]) -> Path:
         import pybind11
 
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-        command = [*self.compiler_command, *CXX_FLAGS, *_arch_flags(), *flags]
-        if source == "bindings.cpp":
+        command = [*self.compiler_command, *CXX_FLAGS, *_arch_flags(), f"-I{CSRC}", *flags]
+        if source in BINDINGS:
             command += includes
         return self._compile(command, CSRC / source, self.objects / f"{name}.o")
 
-    def _compile_cuda(self, cuda: CudaToolkit) -> list[Path]:
+    def _compile_cuda(self, cuda: CudaToolkit, source: str) -> Path:
         targets = [flag for target in CUDA_TARGETS.values() for flag in ("-gencode", target)]
         command = [
             *(str(cuda.nvcc), "-std=c++17", "-O3", "--expt-relaxed-constexpr", "--threads", "2"),
             *("-Xptxas", "-v", "-ccbin", self.compiler_command[0]),
-            *("-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{cuda.include}", *targets),
+            *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
+            *(f"-I{CSRC}", f"-I{cuda.include}", *targets),
         ]
-        return [
-            self._compile(command, CSRC / source, self.objects / f"cuda_{Path(source).stem}.o")
-            for source in CUDA_SOURCES
-        ]
+        return self._compile(command, CSRC / source, self.objects / f"cuda_{Path(source).stem}.o")
 
     def _compile(self, command: list[str], source: Path, target: Path) -> Path:
         """Runs a compiler unless the object is newer than everything that the last run read."""

@@ -9,12 +9,16 @@ are contiguous unless strides are passed for them and are written completely, wh
 `(dropout_threshold, dropout_scale, dropout_seed)`: threshold t = round(p · 65536), scale
 65536 / (65536 − t) (0 when t is 65536), the int64 seed; t = 0 switches dropout off.
 `threads` is the most threads to use; results do not depend on it.
+
+More than 500 lines: a stub file describes a whole module.
 """
 
 import enum
+from collections.abc import Sequence
 
 Strides = tuple[int, int, int]
 FourSizes = tuple[int, int, int, int]
+Tables = Sequence[int]  # three: of word, position and type
 
 class DType(enum.Enum):
     """Element type of a tensor."""
@@ -57,7 +61,11 @@ def cuda_layer_norm_max_cols() -> int:
     """Most columns that the CUDA LayerNorm kernels hold in registers."""
 
 def cuda_layer_norm_partials(rows: int) -> int:
-    """P, the rows of the `partial` buffer of cuda_layer_norm_bwd."""
+    """P, the rows of the `partial` buffer of cuda_layer_norm_bwd and
+    cuda_embedding_layer_norm_bwd."""
+
+def cuda_embedding_layer_norm_chunks(rows: int) -> int:
+    """The rows of the `partial` buffer of cuda_embedding_layer_norm_tables."""
 
 def cpu_attention_fwd(
     q: int,
@@ -311,6 +319,101 @@ def cpu_act_bwd(
     """dz = dropout'(dy) · act'(z), dbias = Σ_rows dz (0: not wanted). z may be 0 for
     Activation.NONE and dz 0 if only dbias is wanted."""
 
+def cuda_attention_fwd(
+    q: int,
+    k: int,
+    v: int,
+    out: int,
+    lse: int,
+    bias: int,
+    q_strides: Strides,
+    k_strides: Strides,
+    v_strides: Strides,
+    out_strides: Strides,
+    bias_sizes: FourSizes,
+    bias_strides: FourSizes,
+    bias_dtype: DType | None,
+    key_padding_mask: int,
+    cu_seqlens_q: int,
+    cu_seqlens_k: int,
+    key_lengths: int,
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    total_q: int,
+    total_k: int,
+    heads: int,
+    key_heads: int,
+    head_dim: int,
+    dtype: DType,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    scale: float,
+    dropout_threshold: int,
+    dropout_scale: float,
+    dropout_seed: int,
+    sequence_offset: int,
+    device: int,
+    stream: int,
+) -> None:
+    """As cpu_attention_fwd, on a device and its stream: fp16 and bf16, head dims that are multiples
+    of 8 up to 128, every row of q, k, v and out on a multiple of 16 bytes; dropout_seed is an
+    address on the device. In variable length seqlen_q and seqlen_k are the longest sequences' (or
+    more), total_q and total_k the rows; lengths are not checked. Raises ValueError for what it
+    cannot take, RuntimeError when a launch fails."""
+
+def cuda_attention_bwd(
+    dout: int,
+    q: int,
+    k: int,
+    v: int,
+    out: int,
+    lse: int,
+    dlse: int,
+    delta: int,
+    bias: int,
+    dq: int,
+    dk: int,
+    dv: int,
+    dbias: int,
+    dout_strides: Strides,
+    q_strides: Strides,
+    k_strides: Strides,
+    v_strides: Strides,
+    out_strides: Strides,
+    bias_sizes: FourSizes,
+    bias_strides: FourSizes,
+    bias_dtype: DType | None,
+    key_padding_mask: int,
+    cu_seqlens_q: int,
+    cu_seqlens_k: int,
+    key_lengths: int,
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    total_q: int,
+    total_k: int,
+    heads: int,
+    key_heads: int,
+    head_dim: int,
+    dtype: DType,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    scale: float,
+    dropout_threshold: int,
+    dropout_scale: float,
+    dropout_seed: int,
+    sequence_offset: int,
+    device: int,
+    stream: int,
+) -> None:
+    """As cpu_attention_bwd, with the limits of cuda_attention_fwd. delta, fp32 like lse, is
+    scratch. The same bits from run to run."""
+
 def cuda_layer_norm_fwd(
     x: int,
     residual: int,
@@ -371,3 +474,102 @@ def cuda_layer_norm_bwd(
 ) -> None:
     """As cpu_layer_norm_bwd. partial: fp32 [cuda_layer_norm_partials(rows), 2, cols], needed for
     dweight or dbias."""
+
+def cuda_embedding_layer_norm_fwd(
+    ids: Tables,
+    wide_ids: Sequence[bool],
+    tables: Tables,
+    strides: Tables,
+    sizes: Tables,
+    weight: int,
+    bias: int,
+    y: int,
+    mean: int,
+    rstd: int,
+    dropout_rows: int,
+    dropout_seed: int,
+    rows: int,
+    cols: int,
+    dtype: DType,
+    weight_dtype: DType,
+    eps: float,
+    dropout_threshold: int,
+    dropout_scale: float,
+    device: int,
+    stream: int,
+) -> None:
+    """y = dropout((z − mean) · rstd · weight + bias), z = word[id] + position[p] + type[t] in fp32.
+
+    ids [rows], int64 where wide, else int32; address 0: row 0 everywhere. Tables have sizes[i]
+    rows, of `dtype`, with a row stride. A token with an id that its table does not have gets NaN in
+    y, mean and rstd. Otherwise as cuda_layer_norm_fwd; at most 2^31 − 1 rows in all tables, and a
+    third as many tokens.
+    """
+
+def cuda_embedding_layer_norm_keys(
+    ids: Tables,
+    wide_ids: Sequence[bool],
+    sizes: Tables,
+    keys: int,
+    rows: int,
+    device: int,
+    stream: int,
+) -> None:
+    """keys int32 [3, rows]: the rows of word, position and type that each token reads, the tables
+    counted as one of sizes[0] + sizes[1] + sizes[2] rows. An id that its table does not have counts
+    as its nearest row."""
+
+def cuda_embedding_layer_norm_bwd(
+    dy: int,
+    keys: int,
+    tables: Tables,
+    strides: Tables,
+    sizes: Tables,
+    weight: int,
+    mean: int,
+    rstd: int,
+    dz: int,
+    dweight: int,
+    dbias: int,
+    partial: int,
+    dropout_rows: int,
+    dropout_seed: int,
+    dy_stride: int,
+    dz_stride: int,
+    rows: int,
+    cols: int,
+    dtype: DType,
+    weight_dtype: DType,
+    dropout_threshold: int,
+    dropout_scale: float,
+    device: int,
+    stream: int,
+) -> None:
+    """The gradients of z and of weight and bias; keys as cuda_embedding_layer_norm_keys made them.
+
+    dz [rows, dz_stride] of `dtype`; dz_stride is a multiple of 8, at least cols, and the columns
+    from cols on are anything. partial as in cuda_layer_norm_bwd. rows and cols are at least 1.
+    """
+
+def cuda_embedding_layer_norm_tables(
+    dz: int,
+    keys: int,
+    order: int,
+    partial: int,
+    gradients: Tables,
+    sizes: Tables,
+    dz_stride: int,
+    rows: int,
+    cols: int,
+    padding_row: int,
+    dtype: DType,
+    device: int,
+    stream: int,
+) -> None:
+    """The gradients of the three tables [sizes[i], cols], contiguous: sums of the rows of dz whose
+    keys name the same row, in fp32 and in a fixed order; 0 in rows that no key names and in
+    padding_row of word (−1: none).
+
+    keys [3 · rows] ascending, equal ones in their former order; order int64: where each stood
+    before. partial: fp32 [cuda_embedding_layer_norm_chunks(rows), 2, dz_stride].
+    """

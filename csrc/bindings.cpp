@@ -2,38 +2,14 @@
 //
 // Tensors come as addresses (0: absent), sizes and strides in elements; bertkern/_C.pyi says the
 // shapes and dtypes of each argument. The GIL is released while an op works.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
 
-#include <array>
-#include <cstdint>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
-
-#include "common/dtype.h"
 #include "cpu/cpu.h"
 #include "cpu/fma_rate.h"
 #include "cpu/parallel.h"
-#include "cuda/device.h"
-#include "cuda/layer_norm.h"
-
-namespace py = pybind11;
-using py::literals::operator""_a;
 
 namespace bertkern {
 namespace {
-
-using Address = uintptr_t;
-using Strides = std::tuple<int64_t, int64_t, int64_t>;
-using FourSizes = std::array<int64_t, 4>;
-using ReleaseGil = py::call_guard<py::gil_scoped_release>;
-
-template <typename T = void>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 Strided strided(Address address, const Strides& strides) {
   return {at(address), std::get<0>(strides), std::get<1>(strides), std::get<2>(strides)};
@@ -41,18 +17,6 @@ Strided strided(Address address, const Strides& strides) {
 
 Dropout dropout_of(uint32_t threshold, float scale, int64_t seed) {
   return {threshold, scale, static_cast<uint64_t>(seed)};
-}
-
-void check(bool good, const std::string& message) {
-  if (!good) throw std::invalid_argument(message);
-}
-
-// A tensor without elements has the address 0, as one that is absent.
-void check_residual(Address residual, Address z, uint32_t dropout_threshold, int64_t rows,
-                    int64_t cols) {
-  if (rows == 0 || cols == 0) return;
-  check((residual == 0) == (z == 0), "z is written when there is a residual, and only then");
-  check(residual != 0 || dropout_threshold == 0, "dropout needs a residual");
 }
 
 Bias bias_of(Address bias, const FourSizes& sizes, const FourSizes& strides,
@@ -255,62 +219,6 @@ void cpu_act_bwd(Address dy, Address z, Address dz, Address dbias, Address dropo
                at(dbias), bias_dtype, threads);
 }
 
-void cuda_layer_norm_fwd(Address x, Address residual, Address weight, Address bias, Address y,
-                         Address z, Address mean, Address rstd, Address dropout_rows,
-                         Address dropout_seed, int64_t x_stride, int64_t residual_stride,
-                         int64_t rows, int64_t cols, DType dtype, DType weight_dtype, float eps,
-                         uint32_t dropout_threshold, float dropout_scale, int device,
-                         Address stream) {
-  check_residual(residual, z, dropout_threshold, rows, cols);
-  cuda::layer_norm_fwd({at(x),
-                        at(residual),
-                        at(weight),
-                        at(bias),
-                        at(y),
-                        at(z),
-                        at<float>(mean),
-                        at<float>(rstd),
-                        x_stride,
-                        residual_stride,
-                        rows,
-                        cols,
-                        dtype,
-                        weight_dtype,
-                        eps,
-                        {dropout_threshold, dropout_scale, at<const int64_t>(dropout_seed),
-                         at<const int64_t>(dropout_rows)}},
-                       device, at(stream));
-}
-
-void cuda_layer_norm_bwd(Address dy, Address dz, Address z, Address weight, Address mean,
-                         Address rstd, Address dx, Address dresidual, Address dweight,
-                         Address dbias, Address partial, Address dropout_rows, Address dropout_seed,
-                         int64_t dy_stride, int64_t dz_stride, int64_t z_stride, int64_t rows,
-                         int64_t cols, DType dtype, DType weight_dtype, uint32_t dropout_threshold,
-                         float dropout_scale, int device, Address stream) {
-  cuda::layer_norm_bwd({at(dy),
-                        at(dz),
-                        at(z),
-                        at(weight),
-                        at<const float>(mean),
-                        at<const float>(rstd),
-                        at(dx),
-                        at(dresidual),
-                        at(dweight),
-                        at(dbias),
-                        at<float>(partial),
-                        dy_stride,
-                        dz_stride,
-                        z_stride,
-                        rows,
-                        cols,
-                        dtype,
-                        weight_dtype,
-                        {dropout_threshold, dropout_scale, at<const int64_t>(dropout_seed),
-                         at<const int64_t>(dropout_rows)}},
-                       device, at(stream));
-}
-
 std::vector<double> cpu_fma_rates(const std::string& type, int threads) {
   check(threads > 0, "threads is " + std::to_string(threads) + "; allowed are 1 and more");
   if (type == "float32") return cpu::fma_rates(cpu::FmaType::kFloat32, threads);
@@ -345,14 +253,6 @@ py::dict build_info() {
   return info;
 }
 
-std::tuple<int, std::optional<std::string>> cuda_device_count() {
-  std::string reason;
-  const int count = cuda::device_count(reason);
-  return {count, count > 0 ? std::nullopt : std::optional<std::string>(reason)};
-}
-
-std::optional<std::string> cuda_unusable() { return std::get<1>(cuda_device_count()); }
-
 }  // namespace
 }  // namespace bertkern
 
@@ -375,13 +275,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", &set_cpu_isa, "name"_a, "Use one of cpu_isas() from now on.");
   m.def("cpu_fma_rates", &cpu_fma_rates, "type"_a, "threads"_a, ReleaseGil(),
         "Multiply-add operations a second, of repeats; empty where there is no instruction.");
-  m.def("cuda_device_count", &cuda_device_count,
-        "(devices, None), or (0, why there is none). Never raises.");
-  m.def("cuda_unusable", &cuda_unusable, "Why the CUDA kernels cannot be used; None if they can.");
-  m.def("cuda_layer_norm_max_cols", &cuda::layer_norm_max_cols,
-        "Most columns that the CUDA LayerNorm kernels hold in registers.");
-  m.def("cuda_layer_norm_partials", &cuda::layer_norm_partials, "rows"_a,
-        "P, the rows of the `partial` buffer of cuda_layer_norm_bwd.");
 
   m.def("cpu_attention_fwd", &cpu_attention_fwd, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "bias"_a,
         "q_strides"_a, "k_strides"_a, "v_strides"_a, "out_strides"_a, "bias_sizes"_a,
@@ -435,16 +328,5 @@ PYBIND11_MODULE(_C, m) {
         "dy_stride"_a, "z_stride"_a, "rows"_a, "cols"_a, "dtype"_a, "bias_dtype"_a, "activation"_a,
         "dropout_threshold"_a, "dropout_scale"_a, "dropout_seed"_a, "threads"_a, ReleaseGil(),
         "dz = dropout'(dy) * act'(z) [rows, cols], dbias = sum of dz over rows [cols].");
-  m.def("cuda_layer_norm_fwd", &cuda_layer_norm_fwd, "x"_a, "residual"_a, "weight"_a, "bias"_a,
-        "y"_a, "z"_a, "mean"_a, "rstd"_a, "dropout_rows"_a, "dropout_seed"_a, "x_stride"_a,
-        "residual_stride"_a, "rows"_a, "cols"_a, "dtype"_a, "weight_dtype"_a, "eps"_a,
-        "dropout_threshold"_a, "dropout_scale"_a, "device"_a, "stream"_a, ReleaseGil(),
-        "As cpu_layer_norm_fwd, on a device and its stream; dropout_seed is an address on the "
-        "device.");
-  m.def("cuda_layer_norm_bwd", &cuda_layer_norm_bwd, "dy"_a, "dz"_a, "z"_a, "weight"_a, "mean"_a,
-        "rstd"_a, "dx"_a, "dresidual"_a, "dweight"_a, "dbias"_a, "partial"_a, "dropout_rows"_a,
-        "dropout_seed"_a, "dy_stride"_a, "dz_stride"_a, "z_stride"_a, "rows"_a, "cols"_a, "dtype"_a,
-        "weight_dtype"_a, "dropout_threshold"_a, "dropout_scale"_a, "device"_a, "stream"_a,
-        ReleaseGil(),
-        "As cpu_layer_norm_bwd; partial is fp32 [cuda_layer_norm_partials(rows), 2, cols].");
+  bind_cuda(m);
 }

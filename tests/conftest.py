@@ -4,6 +4,7 @@ Without a GPU the Triton kernels run in Triton's interpreter, which must be aske
 first import of triton; so this file does it before anything of bertkern is imported.
 """
 
+import contextlib
 import os
 import zlib
 
@@ -12,6 +13,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from emulator import emulated
 
 from bertkern.ops import _backend
 
@@ -31,12 +34,22 @@ def device() -> str:
 
 
 @pytest.fixture(params=_backend.BACKENDS)
-def backend(request) -> str:
-    """Every backend; skipped, with the reason, where it cannot be used on this machine."""
+def backend(request):
+    """Every backend; skipped, with the reason, where it cannot be used on this machine.
+
+    Without a GPU the CUDA kernels run on the emulator, their threads in an order that the test's
+    name chooses.
+    """
     reason = _backend.unusable(request.param, DEVICE)
-    if reason is not None:
-        pytest.skip(f"backend {request.param}: {reason}")
-    return request.param
+    with contextlib.ExitStack() as stack:
+        if request.param == "cuda" and DEVICE == "cpu":
+            reason = emulated.unusable()
+            if reason is None:
+                seed = zlib.crc32(request.node.nodeid.encode())
+                stack.enter_context(emulated.emulated(seed))
+        if reason is not None:
+            pytest.skip(f"backend {request.param}: {reason}")
+        yield request.param
 
 
 @pytest.fixture

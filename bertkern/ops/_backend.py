@@ -25,7 +25,8 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LAYER_NORM_OPS = ("layer_norm", "dropout_add_layer_norm")
 _PRODUCT_OPS = ("attention", "attention_decode", "linear", "ffn", "linear_cross_entropy")
 _ALL_OPS = (*_PRODUCT_OPS, "dropout", "embedding_layer_norm", *_LAYER_NORM_OPS)
-_OPS = {"cuda": _LAYER_NORM_OPS, "triton": _ALL_OPS, "cpu": _ALL_OPS, "reference": _ALL_OPS}
+_CUDA_OPS = ("attention", "embedding_layer_norm", *_LAYER_NORM_OPS)
+_OPS = {"cuda": _CUDA_OPS, "triton": _ALL_OPS, "cpu": _ALL_OPS, "reference": _ALL_OPS}
 _PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 _TRITON_MODULE = {"dropout_add_layer_norm": "layer_norm"}
 _CPU_MODULE = {
@@ -35,7 +36,12 @@ _CPU_MODULE = {
     "linear": "_cpu_linear",
     "linear_cross_entropy": "_cpu_linear_cross_entropy",
 }
+_CUDA_MODULE = {
+    "attention": "_cuda_attention",
+    "embedding_layer_norm": "_cuda_embedding_layer_norm",
+}
 _MAX_HEAD_DIM = 256
+_ALIGNMENT = 16  # bytes
 _MAX_TRITON_COLUMNS = 65536
 
 _forced: str | None = None  # process-wide: autograd runs backwards in threads of its own
@@ -139,13 +145,14 @@ def backends_of(op: str, device_type: str) -> list[str]:
     ]
 
 
-def _cannot(
+def cannot(
     name: str,
     op: str,
     dtype: torch.dtype,
     device: torch.device,
-    head_dim: int,
-    columns: int,
+    head_dim: int = 0,
+    columns: int = 0,
+    aligned: bool = True,
 ) -> str | None:
     """Why a backend cannot compute this call; None when it can."""
     if op not in _OPS[name]:
@@ -161,6 +168,10 @@ def _cannot(
         return "the Triton interpreter multiplies bfloat16 wrongly in tl.dot"
     if name == "triton" and columns > _MAX_TRITON_COLUMNS:
         return f"its rows have at most {_MAX_TRITON_COLUMNS} columns, not {columns}"
+    if name == "cuda" and op == "attention":
+        from . import _cuda_attention
+
+        return _cuda_attention.cannot_attention(dtype, head_dim, aligned)
     if name == "cuda":
         from . import _cuda
 
@@ -175,7 +186,7 @@ def _module(name: str, op: str) -> ModuleType:
         return importlib.import_module(f"bertkern.reference.{_TRITON_MODULE.get(op, op)}")
     if name == "cpu":
         return importlib.import_module(f"bertkern.ops.{_CPU_MODULE.get(op, '_cpu')}")
-    return importlib.import_module(f"bertkern.ops._{name}")
+    return importlib.import_module(f"bertkern.ops.{_CUDA_MODULE.get(op, '_cuda')}")
 
 
 @functools.cache
@@ -190,6 +201,7 @@ def implementation(
     *,
     head_dim: int = 0,
     columns: int = 0,
+    rows: tuple[Tensor, ...] = (),
 ) -> Callable[..., Any]:
     """The function that computes a call.
 
@@ -198,13 +210,37 @@ def implementation(
         direction: "_fwd", "_bwd", or "" for an op that is its own backward.
         x: a tensor with the call's device and dtype.
         head_dim, columns: the sizes that decide what a kernel can hold; 0 where they do not apply.
+        rows: tensors whose last dimension the CUDA kernels copy 16 bytes at a time.
 
     Raises:
         NotImplementedError: the forced backend cannot compute it; the message says why.
         ValueError: BERTKERN_BACKEND holds an unknown name.
     """
     forced = _forced or _environment_backend()
-    return _choose(op, direction, x.dtype, x.device, head_dim, columns, forced)
+    aligned = "cuda" not in _PREFERENCE.get(x.device.type, ()) or _aligned(rows)
+    return _choose(op, direction, x.dtype, x.device, head_dim, columns, aligned, forced)
+
+
+def _aligned(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether every row of each tensor starts on a multiple of 16 bytes."""
+    for t in tensors:
+        elements = _ALIGNMENT // t.element_size()
+        if t.data_ptr() % _ALIGNMENT or any(stride % elements for stride in t.stride()[:-1]):
+            return False
+    return True
+
+
+@functools.cache
+def _slower(name: str, op: str, device: torch.device) -> bool:
+    """Whether the next backend is expected to be faster on this device.
+
+    The CUDA attention kernels use mma.sync, which reaches about 60 % of the tensor cores of compute
+    capability 9 (FlashAttention-2 against Triton on an H100: 324 against 403 TFLOP/s at head dim
+    64, Shah et al. 2024); Triton's use wgmma there and what follows it later.
+    """
+    if name != "cuda" or op != "attention" or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.lru_cache(maxsize=4096)  # the rules cost more host time than the rest of an op's call
@@ -215,19 +251,24 @@ def _choose(
     device: torch.device,
     head_dim: int,
     columns: int,
+    aligned: bool,
     forced: str | None,
 ) -> Callable[..., Any]:
     function = op + direction
     if dtype not in KERNEL_DTYPES or device.type == "meta":
         return _function("reference", op, function)
     if forced is not None:
-        reason = _cannot(forced, op, dtype, device, head_dim, columns)
+        reason = cannot(forced, op, dtype, device, head_dim, columns, aligned)
         if reason is not None:
             raise NotImplementedError(
                 f"backend={forced!r} cannot compute {op} on {device.type} in {dtype}: {reason}"
             )
         return _function(forced, op, function)
-    for name in _PREFERENCE.get(device.type, ("reference",)):
-        if _cannot(name, op, dtype, device, head_dim, columns) is None:
-            return _function(name, op, function)
-    raise AssertionError("the reference backend computes everything")
+    first, *others = (
+        name
+        for name in _PREFERENCE.get(device.type, ("reference",))
+        if cannot(name, op, dtype, device, head_dim, columns, aligned) is None
+    )
+    if _slower(first, op, device) and others[0] != "reference":
+        first = others[0]
+    return _function(first, op, function)

@@ -5,6 +5,8 @@ Functions, arguments and equations are those of `bertkern/reference/`. Kernels r
 device and its current stream, whichever device is current.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from bertkern import _C
 
 from ..reference.dropout import threshold_and_scale
 
-_DTYPES = {
+DTYPES = {
     torch.float32: _C.DType.FLOAT32,
     torch.float16: _C.DType.FLOAT16,
     torch.bfloat16: _C.DType.BFLOAT16,
@@ -27,24 +29,56 @@ def cannot_layer_norm(columns: int) -> str | None:
     return None
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Where its elements are; 0 for an absent tensor."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _parameter(tensor: Tensor | None, float32: bool) -> Tensor | None:
-    if tensor is None:
+def place(tensor: Tensor) -> dict[str, int]:
+    """The last arguments of every kernel: the tensor's device and its current stream."""
+    return {
+        "device": tensor.device.index,
+        "stream": torch.cuda.current_stream(tensor.device).cuda_stream,
+    }
+
+
+def parameters(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Weight and bias in one dtype: x's if all are, else float32; and that dtype's code."""
+    dtype = x.dtype
+    if any(t is not None and t.dtype != dtype for t in tensors):
+        dtype = torch.float32
+    return *(None if t is None else t.to(dtype).contiguous() for t in tensors), DTYPES[dtype]
+
+
+def dropout_options(
+    dropout_p: float, dropout_seed: Tensor | None, dropout_rows: Tensor | None
+) -> dict[str, Any]:
+    """Dropout of hidden states as every kernel takes it; without a seed it is off."""
+    threshold, scale = (0, 1.0) if dropout_seed is None else threshold_and_scale(dropout_p)
+    return {
+        "dropout_threshold": threshold,
+        "dropout_scale": scale,
+        "dropout_seed": address(dropout_seed),
+        "dropout_rows": address(dropout_rows),
+    }
+
+
+def partial_sums(rows: int, like: Tensor, *gradients: Tensor | None) -> Tensor | None:
+    """What a backward of the LayerNorm family sums weight's and bias's gradients in, or None."""
+    if all(gradient is None for gradient in gradients):
         return None
-    return (tensor.float() if float32 else tensor).contiguous()
+    shape = (_C.cuda_layer_norm_partials(rows), 2, like.shape[1])
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def _parameters(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Weight and bias in one dtype: x's if all are, else float32."""
-    float32 = any(t is not None and t.dtype != x.dtype for t in tensors)
-    return tuple(_parameter(t, float32) for t in tensors)
-
-
-def _weight_dtype(x: Tensor, *tensors: Tensor | None):
-    return _DTYPES[next((t.dtype for t in tensors if t is not None), x.dtype)]
+def in_dtype_of(
+    gradients: tuple[Tensor | None, ...], likes: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """Gradients of weight and bias in the dtypes of these."""
+    return [
+        None if gradient is None or like is None else gradient.to(like.dtype)
+        for gradient, like in zip(gradients, likes, strict=True)
+    ]
 
 
 def _layer_norm_fwd(
@@ -57,33 +91,28 @@ def _layer_norm_fwd(
     dropout_seed: Tensor | None,
     dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    weight, bias = _parameters(x, weight, bias)
-    threshold, scale = (0, 1.0) if dropout_seed is None else threshold_and_scale(dropout_p)
+    weight, bias, weight_dtype = parameters(x, weight, bias)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     z = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
     _C.cuda_layer_norm_fwd(
-        x=_address(x),
-        residual=_address(residual),
-        weight=_address(weight),
-        bias=_address(bias),
-        y=_address(y),
-        z=_address(z),
-        mean=_address(mean),
-        rstd=_address(rstd),
-        dropout_rows=_address(dropout_rows),
-        dropout_seed=_address(dropout_seed),
+        x=address(x),
+        residual=address(residual),
+        weight=address(weight),
+        bias=address(bias),
+        y=address(y),
+        z=address(z),
+        mean=address(mean),
+        rstd=address(rstd),
         x_stride=x.stride(0),
         residual_stride=0 if residual is None else residual.stride(0),
         rows=x.shape[0],
         cols=x.shape[1],
-        dtype=_DTYPES[x.dtype],
-        weight_dtype=_weight_dtype(x, weight, bias),
+        dtype=DTYPES[x.dtype],
+        weight_dtype=weight_dtype,
         eps=eps,
-        dropout_threshold=threshold,
-        dropout_scale=scale,
-        device=x.device.index,
-        stream=torch.cuda.current_stream(x.device).cuda_stream,
+        **dropout_options(dropout_p, dropout_seed, dropout_rows),
+        **place(x),
     )
     return y, z, mean, rstd
 
@@ -100,49 +129,35 @@ def _layer_norm_bwd(
     dropout_seed: Tensor | None,
     dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    dtypes = [None if p is None else p.dtype for p in (weight, bias)]
-    weight, bias = _parameters(z, weight, bias)
-    threshold, scale = (0, 1.0) if dropout_seed is None else threshold_and_scale(dropout_p)
+    given = (weight, bias)
+    weight, bias, weight_dtype = parameters(z, weight, bias)
     dx = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     dresidual = None if dropout_seed is None else torch.empty_like(dx)
     dweight, dbias = (None if p is None else torch.empty_like(p) for p in (weight, bias))
-    partial = None
-    if dweight is not None or dbias is not None:
-        partial = torch.empty(
-            (_C.cuda_layer_norm_partials(z.shape[0]), 2, z.shape[1]),
-            dtype=torch.float32,
-            device=z.device,
-        )
+    partial = partial_sums(z.shape[0], z, dweight, dbias)
     _C.cuda_layer_norm_bwd(
-        dy=_address(dy),
-        dz=_address(dz),
-        z=_address(z),
-        weight=_address(weight),
-        mean=_address(mean),
-        rstd=_address(rstd),
-        dx=_address(dx),
-        dresidual=_address(dresidual),
-        dweight=_address(dweight),
-        dbias=_address(dbias),
-        partial=_address(partial),
-        dropout_rows=_address(dropout_rows),
-        dropout_seed=_address(dropout_seed),
+        dy=address(dy),
+        dz=address(dz),
+        z=address(z),
+        weight=address(weight),
+        mean=address(mean),
+        rstd=address(rstd),
+        dx=address(dx),
+        dresidual=address(dresidual),
+        dweight=address(dweight),
+        dbias=address(dbias),
+        partial=address(partial),
         dy_stride=dy.stride(0),
         dz_stride=0 if dz is None else dz.stride(0),
         z_stride=z.stride(0),
         rows=z.shape[0],
         cols=z.shape[1],
-        dtype=_DTYPES[z.dtype],
-        weight_dtype=_weight_dtype(z, weight, bias),
-        dropout_threshold=threshold,
-        dropout_scale=scale,
-        device=z.device.index,
-        stream=torch.cuda.current_stream(z.device).cuda_stream,
+        dtype=DTYPES[z.dtype],
+        weight_dtype=weight_dtype,
+        **dropout_options(dropout_p, dropout_seed, dropout_rows),
+        **place(z),
     )
-    dweight, dbias = (
-        None if g is None else g.to(dtype)
-        for g, dtype in zip((dweight, dbias), dtypes, strict=True)
-    )
+    dweight, dbias = in_dtype_of((dweight, dbias), given)
     return dx, dx if dresidual is None else dresidual, dweight, dbias
 
 

@@ -31,7 +31,8 @@ _OPTIONS = (
 
 
 def _fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return implementation("attention", "_fwd", q, head_dim=q.shape[-1])(q, k, v, *rest)
+    function = implementation("attention", "_fwd", q, head_dim=q.shape[-1], rows=(q, k, v))
+    return function(q, k, v, *rest)
 
 
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -40,7 +41,8 @@ def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tens
 
 
 def _bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    function = implementation("attention", "_bwd", q, head_dim=q.shape[-1])
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    function = implementation("attention", "_bwd", q, head_dim=q.shape[-1], rows=(dout, q, k, v))
     dq, dk, dv, dbias = function(dout, q, k, v, *rest)
     return dq, dk, dv, present(dbias, q)
 

@@ -156,7 +156,7 @@ def _mask(
                     f"{_OP}: attn_mask has shape {list(attn_mask.shape)}; it must broadcast to "
                     f"{[*leading, *sizes[2:]]}"
                 ) from error
-        attn_mask = attn_mask.reshape(-1, *attn_mask.shape[-3:])
+        attn_mask = attn_mask.reshape(math.prod(attn_mask.shape[:-3]), *attn_mask.shape[-3:])
     bias = bias_matrices(_OP, "attn_mask", attn_mask, q, sizes)
     if bias is not None and bias.dtype == torch.bool and bias.shape[1:3] == (1, 1):
         return None, bias[:, 0, 0].expand(sizes[0], sizes[3])

@@ -41,13 +41,18 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Kernels take one argument struct. Up to 48 KB of shared memory need no permission.
+// Kernels take one argument struct. Shared memory of more than 48 KB needs the kernel's permission.
 template <typename Arguments>
 void launch(void (*kernel)(Arguments), const Launch& shape, const Arguments& arguments,
             void* stream, const char* what) {
   if (shape.blocks > 0x7FFFFFFF) {
     throw std::invalid_argument(std::string(what) + ": " + std::to_string(shape.blocks) +
                                 " blocks; at most 2147483647 fit a grid");
+  }
+  if (shape.shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               shape.shared_bytes),
+          what);
   }
   kernel<<<static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.threads),
            static_cast<size_t>(shape.shared_bytes), static_cast<cudaStream_t>(stream)>>>(arguments);

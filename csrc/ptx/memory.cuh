@@ -1,4 +1,4 @@
-// Loads and stores of 16 bytes, and the casts of the 16-bit formats.
+// Shared memory, loads and stores of 16 bytes, and the casts of the 16-bit formats.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "thread.cuh"
+#include "ptx/thread.cuh"
 
 namespace bertkern::ptx {
 
@@ -17,6 +17,18 @@ using bfloat16 = __nv_bfloat16;
 struct alignas(16) Words4 {
   uint32_t word[4];
 };
+
+// The block's dynamic shared memory, as many bytes as the launch asked for; its start is a multiple
+// of 1024 (what the swizzles of TMA and wgmma count from).
+BERTKERN_DEVICE char* shared_memory() {
+  extern __shared__ __align__(1024) char bytes[];
+  return bytes;
+}
+
+// An address in shared memory as the 32 bits that instructions take.
+BERTKERN_DEVICE uint32_t shared_address(const void* address) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(address));
+}
 
 // ld.global.v4.b32; the address must be a multiple of 16.
 BERTKERN_DEVICE Words4 load_global_16(const void* address) {
@@ -42,5 +54,17 @@ BERTKERN_DEVICE float to_float(bfloat16 x) { return __bfloat162float(x); }
 BERTKERN_DEVICE float from_float(float x, float) { return x; }
 BERTKERN_DEVICE half from_float(float x, half) { return __float2half_rn(x); }
 BERTKERN_DEVICE bfloat16 from_float(float x, bfloat16) { return __float2bfloat16_rn(x); }
+
+// cvt.rn.f16x2.f32 and cvt.rn.bf16x2.f32: two values in one word, the first in the low half.
+BERTKERN_DEVICE uint32_t pack(float low, float high, half) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+BERTKERN_DEVICE uint32_t pack(float low, float high, bfloat16) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
 
 }  // namespace bertkern::ptx

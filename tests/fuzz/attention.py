@@ -16,17 +16,20 @@ from torch.nn import functional as F
 import bertkern
 
 from .case import BACKEND, Case, Tensors, repeats, same_bits
-from .draw import FP16, FP32, Draw, poison_like
+from .draw import CHUNK, FP32, Draw, poison_like
 from .rows import wanted_leaves
 from .softmax import Options, one_sequence
 
 MOST_TILES = 60  # of 16 x 16 scores, over all heads of all sequences: the interpreter is slow
+MOST_CUDA_TILES = 400
 
 Cut = Callable[[str, torch.Tensor, int], torch.Tensor]  # (name, tensor, b) -> sequence b's rows
 
 
 def _head_dim(draw: Draw) -> int:
     """Mostly small; padded to a power of two, or not."""
+    if draw.cuda:
+        return CHUNK * draw.pick(draw.between(1, 4), 4, 8, 12, draw.between(1, 16))
     return draw.pick(
         draw.between(1, 20),
         draw.pick(8, 16, 20, 24, 32),
@@ -43,12 +46,17 @@ def _heads(draw: Draw) -> tuple[int, int]:
 
 def _lengths(draw: Draw) -> tuple[int, int]:
     """(queries, keys); often equal, often all keys within one tile."""
-    queries, keys = draw.size(90), draw.pick(draw.size(90), draw.size(90), draw.size(33))
+    most = 200 if draw.cuda else 90  # CUDA's tiles have 128 rows
+    queries, keys = draw.size(most), draw.pick(draw.size(most), draw.size(most), draw.size(33))
     return (keys, keys) if draw.chance(0.4) else (queries, keys)
 
 
 def _tiles(queries: int, keys: int) -> int:
     return max(1, -(-queries // 16)) * max(1, -(-keys // 16))
+
+
+def _most_tiles(draw: Draw) -> int:
+    return MOST_CUDA_TILES if draw.cuda else MOST_TILES
 
 
 def _options(draw: Draw, dim: int, longest: int) -> Options:
@@ -181,9 +189,9 @@ def _properties(draw: Draw, case: Case, cut: Cut, batch: int, alone: dict[str, C
 
 
 def attention(draw: Draw) -> Case:
-    dtype, dim = draw.pick(FP32, FP16), _head_dim(draw)
+    dtype, dim = draw.attention_dtype(), _head_dim(draw)
     (heads, heads_k), (queries, keys) = _heads(draw), _lengths(draw)
-    batch = max(1, min(draw.between(1, 3), MOST_TILES // (heads * _tiles(queries, keys))))
+    batch = max(1, min(draw.between(1, 3), _most_tiles(draw) // (heads * _tiles(queries, keys))))
     options = _options(draw, dim, max(queries, keys))
     leaves = {
         "q": draw.tensor(batch, queries, heads, dim, dtype=dtype),
@@ -304,7 +312,7 @@ def _packed_one(case, options, b, bias_of, queries, keys, shape) -> Callable[[Te
 
 
 def attention_varlen(draw: Draw) -> Case:
-    dtype, dim = draw.pick(FP32, FP16), _head_dim(draw)
+    dtype, dim = draw.attention_dtype(), _head_dim(draw)
     heads, heads_k = _heads(draw)
     lengths: list[tuple[int, int]] = []
     tiles, equal = 0, draw.chance(0.5)
@@ -312,7 +320,7 @@ def attention_varlen(draw: Draw) -> Case:
         queries, keys = _lengths(draw)
         queries = keys if equal else queries
         tiles += heads * _tiles(queries, keys)
-        if lengths and tiles > MOST_TILES:
+        if lengths and tiles > _most_tiles(draw):
             break
         lengths.append((queries, keys))
     batch = len(lengths)
@@ -403,11 +411,11 @@ def attention_varlen(draw: Draw) -> Case:
 
 
 def scaled_dot_product_attention(draw: Draw) -> Case:
-    dtype, dim = draw.pick(FP32, FP16), _head_dim(draw)
+    dtype, dim = draw.attention_dtype(), _head_dim(draw)
     gqa = draw.chance(0.3)
     heads, heads_k = _heads(draw) if gqa else (draw.between(1, 3),) * 2
     queries, keys = _lengths(draw)
-    most = max(1, MOST_TILES // (heads * _tiles(queries, keys)))
+    most = max(1, _most_tiles(draw) // (heads * _tiles(queries, keys)))
     lead = [(heads,), (min(2, most), heads), (min(3, most), heads), (1, min(2, most), heads)]
     leading = draw.random.choice(lead if gqa else [(), *lead])
     heads, heads_k = (heads, heads_k) if leading else (1, 1)
@@ -514,7 +522,7 @@ def scaled_dot_product_attention(draw: Draw) -> Case:
 
 def attention_decode(draw: Draw) -> Case:
     """One query a sequence over a cache; the query stands at the last key of its sequence."""
-    dtype, dim = draw.pick(FP32, FP16), _head_dim(draw)
+    dtype, dim = draw.attention_dtype(), _head_dim(draw)
     heads, heads_k = _heads(draw)
     if draw.chance(0.1):
         heads = 17 * heads_k  # more than one block of query heads

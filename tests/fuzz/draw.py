@@ -13,10 +13,12 @@ import torch
 
 T = TypeVar("T")
 
-FP32, FP16 = torch.float32, torch.float16
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 POISON = (math.nan, math.inf, -math.inf)
 # Around the tiles of the interpreter (16 and 32), where tails begin and end.
 EDGES = (0, 1, 2, 3, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65)
+CUDA_EDGES = (0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 192, 193)
+CHUNK = 8  # elements that CUDA attention copies at a time: rows start on multiples of it
 
 
 def poison_like(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -25,9 +27,16 @@ def poison_like(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 class Draw:
-    """The dice of one case."""
+    """The dice of one case.
 
-    def __init__(self, op: str, number: int, device: str, attempt: int = 0) -> None:
+    With `cuda`, attention's inputs are such as the CUDA kernels take: 16-bit, rows on 16 bytes.
+    """
+
+    def __init__(
+        self, op: str, number: int, device: str, attempt: int = 0, cuda: bool = False
+    ) -> None:
+        self.cuda = cuda
+        self.edges = CUDA_EDGES if cuda else EDGES
         self.random = random.Random(f"{op} {number}")
         seed = random.Random(f"{op} {number} values {attempt}").getrandbits(62)
         self.generator = torch.Generator().manual_seed(seed)
@@ -45,7 +54,7 @@ class Draw:
     def size(self, most: int, least: int = 0) -> int:
         """A length: the edges of tiles as often as any other."""
         if self.chance(0.5):
-            return self.random.choice([e for e in EDGES if least <= e <= most])
+            return self.random.choice([e for e in self.edges if least <= e <= most])
         return self.between(least, most)
 
     def dropout_p(self) -> float:
@@ -62,11 +71,18 @@ class Draw:
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator)
 
-    def place(self, values: torch.Tensor, dtype: torch.dtype, plain: float = 0.4) -> torch.Tensor:
+    def attention_dtype(self) -> torch.dtype:
+        return self.pick(FP16, BF16) if self.cuda else self.pick(FP32, FP16)
+
+    def place(
+        self, values: torch.Tensor, dtype: torch.dtype, plain: float = 0.4, chunk: int = 1
+    ) -> torch.Tensor:
         """`values` in a layout of any strides; what lies between and around them is NaN and Inf.
 
         Args:
             plain: the odds of a contiguous tensor.
+            chunk: where more than 1, the last dimension stays last and each row starts on a
+                multiple of so many elements.
         """
         values = values.to(dtype)
         if self.chance(plain):
@@ -75,6 +91,9 @@ class Draw:
         order = dims if self.chance(0.6) else self.random.sample(dims, len(dims))
         step = [2 if self.chance(0.1) else 1 for _ in dims]
         before, after = ([self.pick(0, 0, 1, 3) for _ in dims] for _ in range(2))
+        if chunk > 1:
+            order = [d for d in order if d != dims[-1]] + dims[-1:]
+            step[-1], before[-1], after[-1] = 1, chunk * before[-1], chunk * after[-1]
         size = [before[d] + values.shape[d] * step[d] + after[d] for d in order]
         memory = poison_like(size, dtype).to(self.device)
         view = memory.permute([order.index(d) for d in dims]) if dims else memory
@@ -87,4 +106,4 @@ class Draw:
 
     def tensor(self, *shape: int, dtype: torch.dtype, plain: float = 0.4) -> torch.Tensor:
         """Normal values in any layout."""
-        return self.place(self.normal(*shape), dtype, plain)
+        return self.place(self.normal(*shape), dtype, plain, CHUNK if self.cuda else 1)

@@ -5,11 +5,13 @@ BERTKERN_FUZZ_OPS     only these ops, their names joined by commas
 BERTKERN_FUZZ_BACKEND the backend that is tested: "triton" (default), or another that works here
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 
 import pytest
 import torch
+from emulator import emulated
 
 from bertkern.ops import _backend
 
@@ -34,8 +36,9 @@ def cases(generators: dict[Generator, int]) -> pytest.MarkDecorator:
 
 
 def run_case(file: str, generator: Generator, number: int, device: str) -> None:
-    """Draws and checks one case."""
-    reason = _backend.unusable(BACKEND, device)
+    """Draws and checks one case; the CUDA kernels run on the emulator where there is no GPU."""
+    emulate = BACKEND == "cuda" and device == "cpu"
+    reason = emulated.unusable() if emulate else _backend.unusable(BACKEND, device)
     if reason is not None:
         pytest.skip(f"backend {BACKEND}: {reason}")
     name = generator.__name__
@@ -43,5 +46,13 @@ def run_case(file: str, generator: Generator, number: int, device: str) -> None:
         f"BERTKERN_FUZZ_CASES={number + 1} BERTKERN_FUZZ_BACKEND={BACKEND} python -m pytest "
         f"'tests/fuzz/{file}::test_case[{name}-{number}]'"
     )
-    with torch.random.fork_rng():  # an op that draws its own seed takes it from torch's generator
-        check(lambda attempt: generator(Draw(name, number, device, attempt)), rerun)
+
+    def make(attempt: int) -> Case:
+        return generator(Draw(name, number, device, attempt, cuda=BACKEND == "cuda"))
+
+    with contextlib.ExitStack() as stack:
+        # An op that draws its own seed takes it from torch's generator.
+        stack.enter_context(torch.random.fork_rng())
+        if emulate:
+            stack.enter_context(emulated.emulated(seed=number))
+        check(make, rerun)

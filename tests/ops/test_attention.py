@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from computable import finest_dtype, skip_unless_computable
 from torch.nn import functional as F
 
 import bertkern
@@ -14,14 +15,6 @@ from bertkern.reference.tolerance import assert_close, hold_in_most_draws
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SEED = 0x5EED_1234_5678
-
-
-def skip_unless_computable(backend: str, dtype: torch.dtype) -> None:
-    """The CUDA extension has no attention yet; the interpreter multiplies bf16 wrongly."""
-    if backend == "cuda":
-        pytest.skip("backend cuda has no attention kernel yet")
-    if backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():
-        pytest.skip("the Triton interpreter multiplies bfloat16 wrongly in tl.dot")
 
 
 def plain_attention(q, k, v, allowed, scale, keep=None, keep_scale=1.0):
@@ -180,7 +173,7 @@ def check(case, dtype, run, q, k, v, dout, dlse):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_varlen(backend, device, case, dtype):
-    skip_unless_computable(backend, dtype)
+    skip_unless_computable("attention", backend, dtype, device, case.head_dim)
     lengths = torch.tensor(case.lengths, dtype=torch.int32)
     cu = F.pad(lengths.cumsum(0, dtype=torch.int32), (0, 0, 1, 0)).to(device)
     seed = torch.tensor([SEED], device=device)
@@ -212,7 +205,7 @@ def test_varlen(backend, device, case, dtype):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_batched_with_key_lengths(backend, device, case, dtype):
     """The same sequences padded to [B, S, H, D]; what lies behind the lengths is NaN and Inf."""
-    skip_unless_computable(backend, dtype)
+    skip_unless_computable("attention", backend, dtype, device, case.head_dim)
     len_q = {pair[0] for pair in case.lengths}
     if (
         len(len_q) > 1
@@ -261,10 +254,11 @@ def test_one_key(backend, device):
     Plain torch gets an exact 0 here, which no kernel with ds = p (dp − delta) can: dp and delta are
     the same sum of D products, added in two orders. The bound is that of the two sums.
     """
-    skip_unless_computable(backend, torch.float32)
+    dtype = finest_dtype(backend)
+    skip_unless_computable("attention", backend, dtype, device)
     torch.manual_seed(0)
     head_dim = 32
-    q, k, v, dout = (torch.randn(5, 1, 2, head_dim, device=device) for _ in range(4))
+    q, k, v, dout = (torch.randn(5, 1, 2, head_dim, device=device, dtype=dtype) for _ in range(4))
     for t in (q, k, v):
         t.requires_grad_()
     with bertkern.backend(backend):
@@ -272,7 +266,7 @@ def test_one_key(backend, device):
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
     torch.testing.assert_close(out, v, rtol=2e-7, atol=0)
     torch.testing.assert_close(dv, dout, rtol=2e-7, atol=0)
-    eps = torch.finfo(torch.float32).eps
+    eps = torch.finfo(dtype).eps
     ds_bound = 4 * eps * (dout.abs() * v.abs()).sum(-1, keepdim=True) / head_dim**0.5
     assert (dq.abs() <= ds_bound * k.abs()).all()
     assert (dk.abs() <= ds_bound * q.abs()).all()
@@ -280,9 +274,10 @@ def test_one_key(backend, device):
 
 def test_tokens_behind_the_last_sequence_give_zero(backend, device):
     """A fixed token budget: rows past cu_seqlens[-1] hold NaN, and give 0 and no gradient."""
-    skip_unless_computable(backend, torch.float32)
+    dtype = finest_dtype(backend)
+    skip_unless_computable("attention", backend, dtype, device)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(50, 2, 16, device=device) for _ in range(3))
+    q, k, v = (torch.randn(50, 2, 16, device=device, dtype=dtype) for _ in range(3))
     for t in (q, k, v):
         t[40:] = float("nan")
         t.requires_grad_()
@@ -296,9 +291,10 @@ def test_tokens_behind_the_last_sequence_give_zero(backend, device):
 
 
 def test_nan_inside_a_sequence_stays_in_it_and_propagates(backend, device):
-    skip_unless_computable(backend, torch.float32)
+    dtype = finest_dtype(backend)
+    skip_unless_computable("attention", backend, dtype, device)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(60, 1, 32, device=device) for _ in range(3))
+    q, k, v = (torch.randn(60, 1, 32, device=device, dtype=dtype) for _ in range(3))
     k[25, 0, 3] = float("nan")
     cu = torch.tensor([0, 20, 40, 60], dtype=torch.int32, device=device)
     with bertkern.backend(backend):
@@ -312,10 +308,11 @@ def test_nan_inside_a_sequence_stays_in_it_and_propagates(backend, device):
 def test_padded_and_unpadded_are_the_same(backend, device, causal):
     """The mask depends on logical coordinates only; so do the results, bit for bit, causal or
     not."""
-    skip_unless_computable(backend, torch.float32)
+    dtype = finest_dtype(backend)
+    skip_unless_computable("attention", backend, dtype, device)
     torch.manual_seed(0)
     lengths = [17, 40, 5]
-    padded = [torch.randn(3, 40, 2, 16, device=device) for _ in range(3)]
+    padded = [torch.randn(3, 40, 2, 16, device=device, dtype=dtype) for _ in range(3)]
     packed = [torch.cat([t[b, :n] for b, n in enumerate(lengths)]) for t in padded]
     key_lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
     cu = F.pad(key_lengths.cumsum(0, dtype=torch.int32), (1, 0))
@@ -332,11 +329,12 @@ def test_padded_and_unpadded_are_the_same(backend, device, causal):
 def test_backends_drop_the_same(backend, device):
     """Uniform attention over unit values shows the mask itself: every backend's equals the
     reference's."""
-    skip_unless_computable(backend, torch.float32)
+    dtype = finest_dtype(backend)
+    skip_unless_computable("attention", backend, dtype, device)
     heads, len_q, len_k, p = 2, 40, 33, 0.35
-    q = torch.zeros(2, len_q, heads, 64, device=device)
-    k = torch.zeros(2, len_k, heads, 64, device=device)
-    v = torch.eye(len_k, 64, device=device)[None, :, None].expand(2, len_k, heads, 64)
+    q = torch.zeros(2, len_q, heads, 64, device=device, dtype=dtype)
+    k = torch.zeros(2, len_k, heads, 64, device=device, dtype=dtype)
+    v = torch.eye(len_k, 64, device=device, dtype=dtype)[None, :, None].expand(2, len_k, heads, 64)
     with bertkern.backend(backend):
         out = bertkern.attention(
             q,
@@ -354,10 +352,11 @@ def test_backends_drop_the_same(backend, device):
 
 def test_a_sequence_does_not_feel_its_batch(backend, device):
     """Output and gradients of a sequence alone and in a batch are the same bits."""
-    skip_unless_computable(backend, torch.float32)
+    dtype = finest_dtype(backend)
+    skip_unless_computable("attention", backend, dtype, device)
     torch.manual_seed(0)
     lengths = [33, 90, 12]
-    tensors = [torch.randn(sum(lengths), 2, 32, device=device) for _ in range(4)]
+    tensors = [torch.randn(sum(lengths), 2, 32, device=device, dtype=dtype) for _ in range(4)]
 
     def run(tensors, lengths):
         cu = F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from computable import finest_dtype, skip_unless_computable
 
 import bertkern
 from bertkern.reference.tolerance import assert_close, hold_in_most_draws
@@ -55,10 +56,7 @@ def formula(q, k, v, bias, keys, causal=False, window=(-1, -1), softcap=0.0):
 @pytest.mark.parametrize("name", CASES)
 def test_options(backend, device, name, dtype):
     options = CASES[name]
-    if backend == "cuda":
-        pytest.skip("backend cuda has no attention kernel yet")
-    if backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():
-        pytest.skip("the Triton interpreter multiplies bfloat16 wrongly in tl.dot")
+    skip_unless_computable("attention", backend, dtype, device, D)
     given = {key: options[key] for key in ("causal", "window", "softcap") if key in options}
 
     def check(draw):
@@ -108,12 +106,12 @@ def test_options(backend, device, name, dtype):
 
 
 def test_bias_in_varlen_is_that_of_the_padded_batch(backend, device):
-    if backend == "cuda":
-        pytest.skip("backend cuda has no attention kernel yet")
+    dtype = finest_dtype(backend)
+    skip_unless_computable("attention", backend, dtype, device)
     torch.manual_seed(0)
     lengths = [9, 40, 17]
-    padded = [torch.randn(3, 40, 2, 8, device=device) for _ in range(3)]
-    bias = torch.randn(1, 2, 40, 40, device=device, requires_grad=True)
+    padded = [torch.randn(3, 40, 2, 8, device=device, dtype=dtype) for _ in range(3)]
+    bias = torch.randn(1, 2, 40, 40, device=device, dtype=dtype, requires_grad=True)
     key_lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
     cu = torch.nn.functional.pad(key_lengths.cumsum(0, dtype=torch.int32), (1, 0))
     packed = [torch.cat([t[b, :n] for b, n in enumerate(lengths)]) for t in padded]
@@ -127,10 +125,10 @@ def test_bias_in_varlen_is_that_of_the_padded_batch(backend, device):
 
 
 def test_poison_behind_the_key_padding_mask(backend, device):
-    if backend == "cuda":
-        pytest.skip("backend cuda has no attention kernel yet")
+    dtype = finest_dtype(backend)
+    skip_unless_computable("attention", backend, dtype, device)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 40, 2, 8, device=device) for _ in range(3))
+    q, k, v = (torch.randn(2, 40, 2, 8, device=device, dtype=dtype) for _ in range(3))
     keys = torch.rand(2, 40, device=device) > 0.4
     keys[1, :11] = False  # left padding
 

@@ -109,3 +109,37 @@ def test_backends_of_an_op_in_the_order_in_which_they_are_asked(monkeypatch):
         _backend, "unusable", lambda name, _: "no driver" if name == "cuda" else None
     )
     assert _backend.backends_of("layer_norm", "cuda") == ["triton", "reference"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "broken", "dtype", "head_dim", "aligned", "module"),
+    [
+        ((8, 0), (), torch.float16, 64, True, "bertkern.ops._cuda_attention"),
+        ((8, 9), (), torch.bfloat16, 8, True, "bertkern.ops._cuda_attention"),
+        ((9, 0), (), torch.float16, 64, True, "bertkern.kernels.attention"),  # it has wgmma
+        ((9, 0), ("triton",), torch.float16, 64, True, "bertkern.ops._cuda_attention"),
+        ((8, 0), ("cuda",), torch.float16, 64, True, "bertkern.kernels.attention"),
+        ((8, 0), (), torch.float32, 64, True, "bertkern.kernels.attention"),
+        ((8, 0), (), torch.float16, 20, True, "bertkern.kernels.attention"),
+        ((8, 0), (), torch.float16, 136, True, "bertkern.kernels.attention"),
+        ((8, 0), (), torch.float16, 64, False, "bertkern.kernels.attention"),
+        ((9, 0), ("triton", "cuda"), torch.float16, 64, True, "bertkern.reference.attention"),
+    ],
+)
+def test_who_computes_attention_on_a_gpu(
+    monkeypatch, capability, broken, dtype, head_dim, aligned, module
+):
+    monkeypatch.setattr(_backend, "unusable", lambda name, _: "broken" if name in broken else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(_backend, "triton_interpreted", lambda: False)
+    device = torch.device("cuda", 7)
+    for cached in (_backend._choose, _backend._slower):
+        cached.cache_clear()
+    try:
+        chosen = _backend._choose(
+            "attention", "_fwd", dtype, device, head_dim, 0, aligned, forced=None
+        )
+    finally:
+        for cached in (_backend._choose, _backend._slower):
+            cached.cache_clear()
+    assert chosen.__module__ == module

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from computable import finest_dtype, skip_unless_computable
 from torch.nn import functional as F
 
 import bertkern
@@ -25,7 +26,8 @@ MASKS = {
 
 
 def compare(backend, inputs, dout, **options):
-    """Output and gradients by ours in fp32 against torch's in fp64 and fp32."""
+    """Output and gradients by ours in q's dtype against torch's in fp64 and in it."""
+    dtype = inputs[0].dtype
 
     def run(function, dtype):
         leaves = [
@@ -37,9 +39,9 @@ def compare(backend, inputs, dout, **options):
         return out, torch.autograd.grad(out, wanted, dout.to(dtype))
 
     exact = run(F.scaled_dot_product_attention, torch.float64)
-    same = run(F.scaled_dot_product_attention, torch.float32)
+    same = run(F.scaled_dot_product_attention, dtype)
     with bertkern.backend(backend):
-        ours = run(bertkern.scaled_dot_product_attention, torch.float32)
+        ours = run(bertkern.scaled_dot_product_attention, dtype)
     assert_close(ours[0], exact[0], same[0])
     mask = next((t for t in inputs[3:] if t is not None), None)
     for i, (got, want, plain) in enumerate(zip(ours[1], exact[1], same[1], strict=True)):
@@ -47,7 +49,7 @@ def compare(backend, inputs, dout, **options):
                             (got, want, plain))  # fmt: skip
         # The gradients of a query's scores add up to 0: that of a mask equal for all keys is 0.
         cancels = i == 3 and mask.shape[-1] == 1
-        noise = cancelling(dout * exact[0], torch.float32) if cancels else 0.0
+        noise = cancelling(dout * exact[0], dtype) if cancels else 0.0
         assert_close(got, want, plain, grad=True, name=f"gradient {i}", noise=noise)
 
 
@@ -60,13 +62,13 @@ def heads_after_tokens(*shape):
 @pytest.mark.parametrize(("len_q", "len_k"), [(24, 24), (9, 30), (30, 9)])
 def test_causal_and_lengths(backend, device, len_q, len_k, is_causal):
     """Causal from the top left."""
-    if backend == "cuda":
-        pytest.skip("backend cuda has no attention kernel yet")
+    dtype = finest_dtype(backend)
+    skip_unless_computable("attention", backend, dtype, device)
 
     def check(draw):
         torch.manual_seed(draw)
         q, k, v, dout = (
-            heads_after_tokens(2, 3, n, 16).to(device) for n in (len_q, len_k, len_k, len_q)
+            heads_after_tokens(2, 3, n, 16).to(device, dtype) for n in (len_q, len_k, len_k, len_q)
         )
         compare(backend, (q, k, v, None), dout, is_causal=is_causal)
 
@@ -75,16 +77,16 @@ def test_causal_and_lengths(backend, device, len_q, len_k, is_causal):
 
 @pytest.mark.parametrize("name", MASKS)
 def test_masks(backend, device, name):
-    if backend == "cuda":
-        pytest.skip("backend cuda has no attention kernel yet")
-    shape, dtype = MASKS[name]
+    dtype = finest_dtype(backend)
+    skip_unless_computable("attention", backend, dtype, device)
+    shape, mask_dtype = MASKS[name]
 
     def check(draw):
         torch.manual_seed(draw)
-        q, dout = (heads_after_tokens(B, H, SQ, D).to(device) for _ in range(2))
-        k, v = (heads_after_tokens(B, H, SK, D).to(device) for _ in range(2))
+        q, dout = (heads_after_tokens(B, H, SQ, D).to(device, dtype) for _ in range(2))
+        k, v = (heads_after_tokens(B, H, SK, D).to(device, dtype) for _ in range(2))
         mask = torch.randn(shape)
-        mask = mask > -0.8 if dtype == torch.bool else mask
+        mask = mask > -0.8 if mask_dtype == torch.bool else mask
         compare(backend, (q, k, v, mask.to(device)), dout)
 
     hold_in_most_draws(check)
@@ -92,11 +94,11 @@ def test_masks(backend, device, name):
 
 def test_a_float_mask_of_minus_infinity_and_whole_rows(backend, device):
     """Rows without a key give 0, as torch gives them, and no gradient anywhere."""
-    if backend == "cuda":
-        pytest.skip("backend cuda has no attention kernel yet")
+    dtype = finest_dtype(backend)
+    skip_unless_computable("attention", backend, dtype, device)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 9, 8, device=device, requires_grad=True) for _ in range(3))
-    mask = torch.zeros(9, 9, device=device).masked_fill(
+    q, k, v = (torch.randn(1, 2, 9, 8, device=device).to(dtype).requires_grad_() for _ in range(3))
+    mask = torch.zeros(9, 9, device=device, dtype=dtype).masked_fill(
         torch.rand(9, 9, device=device) < 0.5, -math.inf
     )
     mask[3] = -math.inf
@@ -111,13 +113,13 @@ def test_a_float_mask_of_minus_infinity_and_whole_rows(backend, device):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_grouped_heads(backend, device, masked):
-    if backend == "cuda":
-        pytest.skip("backend cuda has no attention kernel yet")
+    dtype = finest_dtype(backend)
+    skip_unless_computable("attention", backend, dtype, device)
 
     def check(draw):
         torch.manual_seed(draw)
-        q, dout = (torch.randn(2, 6, 20, 8, device=device) for _ in range(2))
-        k, v = (torch.randn(2, 2, 33, 8, device=device) for _ in range(2))
+        q, dout = (torch.randn(2, 6, 20, 8, device=device).to(dtype) for _ in range(2))
+        k, v = (torch.randn(2, 2, 33, 8, device=device).to(dtype) for _ in range(2))
         mask = torch.randn(6, 20, 33, device=device) if masked else None
         compare(backend, (q, k, v, mask), dout, enable_gqa=True, is_causal=not masked)
 

@@ -1,106 +1,103 @@
 // LayerNorm of rows (Ba et al. 2016), with dropout and a residual before it: one read of each
-// input, the row in registers, the variance by a second pass over them.
+// input, the row in registers.
 //
 //   z = residual + dropout(x),  y = (z − mean) · rstd · weight + bias,  rstd = 1 / √(var + eps)
 #pragma once
 
-#include "layer_norm_row.cuh"
+#include "cuda/sm80/layer_norm_row.cuh"
 
 namespace bertkern::sm80 {
 
-inline int64_t layer_norm_fwd_blocks(int64_t rows, int rows_per_block) {
-  return (rows + rows_per_block - 1) / rows_per_block;
+// Threads among which a forward leaves room to share a multiprocessor's 65,536 registers: several
+// blocks', whose loads are on their way together. More would spill.
+template <typename T, typename Tile>
+constexpr int layer_norm_fwd_bound() {
+  if (Tile::kBlockRow) return Tile::kMaxThreads;
+  return Tile::kMaxThreads * (sizeof(T) == 4 ? 4 : Tile::kVectors == 4 ? 6 : 8);
 }
 
-// T: of x, residual, y and z. W: of weight and bias.
-template <typename T, typename W, typename Tile, bool kResidual>
-BERTKERN_KERNEL(Tile::kBlockThreads)
-layer_norm_fwd_kernel(const NormKernelArguments a) {
-  constexpr int kVectors = Tile::kElements / kVector;
+// Shared memory of the forward kernels: sums of a row's warps.
+template <typename Tile>
+constexpr int layer_norm_fwd_shared_bytes() {
+  return Tile::kBlockRow ? 3 * kMaxWarps * 4 : 0;
+}
+
+// y of a row z (0 past its end), which is overwritten; mean and rstd. finish(values, column) is
+// applied to each vector of the result.
+template <typename T, typename Tile, typename Finish>
+BERTKERN_DEVICE void normalise_row(float (&z)[Tile::kVectors][kVector], int64_t row, float eps,
+                                   const void* weight, const void* bias, void* y, float* mean,
+                                   float* rstd, const NormRows& rows, const RowThread<Tile>& thread,
+                                   Finish finish) {
   float* shared = reinterpret_cast<float*>(ptx::shared_memory());
-  const int lane = ptx::thread_index() % Tile::kThreads;
-  const int64_t row = static_cast<int64_t>(ptx::block_index()) * Tile::kRowsPerBlock +
-                      ptx::thread_index() / Tile::kThreads;
-  // Single warps may leave: where a row takes the whole block (barriers in row_sum) no thread does.
-  if (row >= a.rows) return;
-  const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
-
-  float z[kVectors][kVector];
+  const RowStatistics statistics = centre_row(z, eps, rows, thread, shared);
+  T* y_row = static_cast<T*>(y) + row * rows.cols;
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    load_vector(x, (i * Tile::kThreads + lane) * kVector, a.cols, a.aligned, z[i]);
+  for (int i = 0; i < Tile::kVectors; ++i) {
+    const int column = thread.column(i);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) z[i][j] = (z[i][j] - statistics.left) * statistics.rstd;
+    float parameter[kVector];
+    if (weight != nullptr) {
+      load_parameter<T>(parameter, weight, column, rows);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) z[i][j] *= parameter[j];
+    }
+    if (bias != nullptr) {
+      load_parameter<T>(parameter, bias, column, rows);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) z[i][j] += parameter[j];
+    }
+    finish(z[i], column);
+    store_vector(y_row, column, rows.cols, rows.aligned, pack_vector<T>(z[i]));
   }
-  if constexpr (kResidual) {
-    const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
-    T* z_out = static_cast<T*>(a.z) + row * a.cols;
+  if (thread.lane == 0) {
+    mean[row] = statistics.mean;
+    rstd[row] = statistics.rstd;
+  }
+}
+
+// T: of x, residual, y and z.
+template <typename T, typename Tile>
+BERTKERN_KERNEL((layer_norm_fwd_bound<T, Tile>()))
+layer_norm_fwd_kernel(const NormKernelArguments a) {
+  const NormRows& rows = a.rows;
+  const RowThread<Tile> thread(rows);
+  const int64_t row = thread.first_row();
+  // Single warps may leave: where a row takes the whole block, with barriers, no thread does.
+  if (row >= rows.count) return;
+
+  Raw<T> x[Tile::kVectors];
+  load_row(x, static_cast<const T*>(a.x) + row * a.x_stride, thread, rows.cols, rows.aligned);
+  float z[Tile::kVectors][kVector];
+  if (a.residual == nullptr) {
+#pragma unroll
+    for (int i = 0; i < Tile::kVectors; ++i) unpack(x[i], z[i]);
+  } else {
+    Raw<T> residual[Tile::kVectors];
+    load_row(residual, static_cast<const T*>(a.residual) + row * a.residual_stride, thread,
+             rows.cols, rows.aligned);
+    const bool drops = a.dropout.threshold != 0;
     DropoutRow keys{};
-    if (a.dropout_threshold != 0) keys = hidden_row(a.dropout_seed, a.dropout_rows, row);
+    if (drops) keys = hidden_row(a.dropout, hidden_stream(a.dropout), row);
+    T* z_row = static_cast<T*>(a.z) + row * rows.cols;
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int column = (i * Tile::kThreads + lane) * kVector;
-      if (a.dropout_threshold != 0) {
-        drop_vector(z[i], keys, column, a.dropout_threshold, a.dropout_scale);
-      }
+    for (int i = 0; i < Tile::kVectors; ++i) {
+      const int column = thread.column(i);
+      unpack(x[i], z[i]);
+      if (drops) drop_vector(z[i], keys, column, a.dropout);
       float r[kVector];
-      load_vector(residual, column, a.cols, a.aligned, r);
+      unpack(residual[i], r);
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) {
-        // Rounded as it is stored: the backward reads the stored z, so the statistics are of that.
-        z[i][j] = ptx::to_float(ptx::from_float(z[i][j] + r[j], T{}));
-      }
-      store_vector(z_out, column, a.cols, a.aligned, z[i]);
+      for (int j = 0; j < kVector; ++j) z[i][j] += r[j];
+      // The backward reads the stored z, so the statistics are of that.
+      const Raw<T> stored = pack_vector<T>(z[i]);
+      store_vector(z_row, column, rows.cols, rows.aligned, stored);
+      unpack(stored, z[i]);
     }
   }
-
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) sum += z[i][j];  // 0 past the row's end
-  }
-  // The mean is taken twice: what the rounding of the first leaves behind is large beside the
-  // deviations of a row with a large mean.
-  const float first_mean = row_sum<Tile>(sum, shared) / static_cast<float>(a.cols);
-  float deviations = 0.0f, squares = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int column = (i * Tile::kThreads + lane) * kVector;
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      z[i][j] = column + j < a.cols ? z[i][j] - first_mean : 0.0f;
-      deviations += z[i][j];
-      squares += z[i][j] * z[i][j];
-    }
-  }
-  const float left = row_sum<Tile>(deviations, shared) / static_cast<float>(a.cols);
-  const float raw = row_sum<Tile>(squares, shared) / static_cast<float>(a.cols) - left * left;
-  const float variance = raw < 0.0f ? 0.0f : raw;
-  const float rstd = ptx::rsqrt(variance + a.eps);
-
-  T* y = static_cast<T*>(a.y) + row * a.cols;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int column = (i * Tile::kThreads + lane) * kVector;
-    float w[kVector], b[kVector];
-    if (a.weight != nullptr) {
-      load_vector(static_cast<const W*>(a.weight), column, a.cols, a.aligned, w);
-    }
-    if (a.bias != nullptr) {
-      load_vector(static_cast<const W*>(a.bias), column, a.cols, a.aligned, b);
-    }
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      float normalised = (z[i][j] - left) * rstd;
-      if (a.weight != nullptr) normalised *= w[j];
-      if (a.bias != nullptr) normalised += b[j];
-      z[i][j] = normalised;
-    }
-    store_vector(y, column, a.cols, a.aligned, z[i]);
-  }
-  if (lane == 0) {
-    a.mean[row] = first_mean + left;
-    a.rstd[row] = rstd;
-  }
+  normalise_row<T>(z, row, a.eps, a.weight, a.bias, a.y, a.mean, a.rstd, rows, thread,
+                   [](float (&)[kVector], int) {});
 }
 
 }  // namespace bertkern::sm80

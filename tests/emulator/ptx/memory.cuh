@@ -1,58 +1,43 @@
-// csrc/ptx/memory.cuh for the emulator: 16-byte accesses that check their alignment, and casts.
+// csrc/ptx/memory.cuh on the emulator's machine. Types of 16 bits are their bits: host compilers
+// do not agree on a half type.
 #pragma once
 
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 
-#include "thread.cuh"
+#include "ptx/thread.cuh"
 
 namespace bertkern::ptx {
 
-using half = _Float16;
+struct half {
+  uint16_t bits;
+};
 struct bfloat16 {
   uint16_t bits;
 };
 
-struct alignas(16) Words4 {
-  uint32_t word[4];
-};
+using emulator::Words4;
 
-inline void check_aligned(const void* address) {
-  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
-    std::fputs("an access of 16 bytes that is not aligned\n", stderr);
-    std::abort();
-  }
+BERTKERN_DEVICE char* shared_memory() { return emulator::shared_memory(); }
+
+BERTKERN_DEVICE Words4 load_global_16(const void* address) {
+  return emulator::load_global_16(address);
+}
+BERTKERN_DEVICE void store_global_16(void* address, const Words4& v) {
+  emulator::store_global_16(address, v);
 }
 
-inline Words4 load_global_16(const void* address) {
-  check_aligned(address);
-  Words4 v;
-  std::memcpy(&v, address, sizeof(v));
-  return v;
-}
-inline void store_global_16(void* address, const Words4& v) {
-  check_aligned(address);
-  std::memcpy(address, &v, sizeof(v));
-}
+BERTKERN_DEVICE float to_float(float x) { return x; }
+BERTKERN_DEVICE float to_float(half x) { return emulator::float_of_half(x.bits); }
+BERTKERN_DEVICE float to_float(bfloat16 x) { return emulator::float_of_bfloat16(x.bits); }
 
-inline float to_float(float x) { return x; }
-inline float to_float(half x) { return static_cast<float>(x); }
-inline float to_float(bfloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
+BERTKERN_DEVICE float from_float(float x, float) { return x; }
+BERTKERN_DEVICE half from_float(float x, half) { return {emulator::half_of_float(x)}; }
+BERTKERN_DEVICE bfloat16 from_float(float x, bfloat16) { return {emulator::bfloat16_of_float(x)}; }
 
-inline float from_float(float x, float) { return x; }
-inline half from_float(float x, half) { return static_cast<half>(x); }
-inline bfloat16 from_float(float x, bfloat16) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  if (x != x) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
-  return {static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16)};
+template <typename T>
+BERTKERN_DEVICE uint32_t pack(float low, float high, T type) {
+  const uint32_t upper = from_float(high, type).bits;
+  return upper << 16 | from_float(low, type).bits;
 }
 
 }  // namespace bertkern::ptx

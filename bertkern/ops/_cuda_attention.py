@@ -1,0 +1,165 @@
+"""Attention of the backend "cuda": hands tensors to the compiled extension as addresses and
+strides.
+
+Functions, arguments and equations are those of `bertkern/reference/attention.py`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertkern import _C
+
+from ..reference.dropout import threshold_and_scale
+from ._cuda import DTYPES, address, place
+
+MAX_HEAD_DIM = 128
+
+
+def cannot_attention(dtype: torch.dtype, head_dim: int, aligned: bool) -> str | None:
+    """Why the kernels cannot take a call; None when they can."""
+    if dtype == torch.float32:
+        return "its attention kernels take float16 and bfloat16"
+    if head_dim > MAX_HEAD_DIM or head_dim % 8:
+        return f"its head dim is a multiple of 8 up to {MAX_HEAD_DIM}, not {head_dim}"
+    if not aligned:
+        return "its rows of q, k, v and dout start on multiples of 16 bytes"
+    return None
+
+
+def _strides(t: Tensor) -> tuple[int, int, int]:
+    """(batch, sequence, head) of [B, S, H, D], or (0, token, head) of [T, H, D]."""
+    batch, sequence, head = t.stride()[:3] if t.dim() == 4 else (0, *t.stride()[:2])
+    return batch, sequence, head
+
+
+def _options(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_lengths: Tensor | None,
+    dropout_seed: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    dropout_p: float,
+    scale: float,
+    sequence_offset: int,
+) -> dict[str, Any]:
+    """What both directions take; key_padding_mask is contiguous."""
+    threshold, dropout_scale = (0, 1.0) if dropout_seed is None else threshold_and_scale(dropout_p)
+    nothing = (0, 0, 0, 0)
+    return {
+        "q": address(q),
+        "k": address(k),
+        "v": address(v),
+        "out": address(out),
+        "lse": address(lse),
+        "q_strides": _strides(q),
+        "k_strides": _strides(k),
+        "v_strides": _strides(v),
+        "out_strides": _strides(out),
+        "bias": address(bias),
+        "bias_sizes": nothing if bias is None else tuple(bias.shape),
+        "bias_strides": nothing if bias is None else bias.stride(),
+        "bias_dtype": None if bias is None else DTYPES.get(bias.dtype),
+        "key_padding_mask": address(key_padding_mask),
+        "cu_seqlens_q": address(cu_seqlens_q),
+        "cu_seqlens_k": address(cu_seqlens_k),
+        "key_lengths": address(key_lengths),
+        "batch": q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+        "seqlen_q": q.shape[1] if cu_seqlens_q is None else max_seqlen_q,
+        "seqlen_k": k.shape[1] if cu_seqlens_q is None else max_seqlen_k,
+        "total_q": q.shape[0],
+        "total_k": k.shape[0],
+        "heads": q.shape[-2],
+        "key_heads": k.shape[-2],
+        "head_dim": q.shape[-1],
+        "dtype": DTYPES[q.dtype],
+        "causal": causal,
+        "window_left": window_left,
+        "window_right": window_right,
+        "softcap": softcap,
+        "scale": scale,
+        "dropout_threshold": threshold,
+        "dropout_scale": dropout_scale,
+        "dropout_seed": address(dropout_seed),
+        "sequence_offset": sequence_offset,
+        **place(q),
+    }
+
+
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_lengths: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse): out [B, Sq, H, D] or [Tq, H, D] in q's dtype, lse fp32 [B, H, Sq] or [H, Tq]."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    keys = None if key_padding_mask is None else key_padding_mask.contiguous()
+    indices = (keys, cu_seqlens_q, cu_seqlens_k, key_lengths)
+    _C.cuda_attention_fwd(**_options(q, k, v, out, lse, bias, *indices, *options))
+    return out, lse
+
+
+def attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_lengths: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dk, dv, dbias), contiguous; dbias only if bias_grad, the last of the options. The same
+    bits from run to run: no atomics, sums in one order."""
+    *options_of_both, bias_grad = options
+    keys = None if key_padding_mask is None else key_padding_mask.contiguous()
+    lse = lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
+    dbias = None
+    if bias_grad and bias is not None:
+        dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    if dq.numel() + dk.numel() == 0:
+        return dq, dk, dv, None if dbias is None else dbias.zero_()
+    indices = (keys, cu_seqlens_q, cu_seqlens_k, key_lengths)
+    _C.cuda_attention_bwd(
+        dout=address(dout),
+        dlse=address(dlse),
+        delta=address(delta),
+        dq=address(dq),
+        dk=address(dk),
+        dv=address(dv),
+        dbias=address(dbias),
+        dout_strides=_strides(dout),
+        **_options(q, k, v, out, lse, bias, *indices, *options_of_both),
+    )
+    return dq, dk, dv, dbias

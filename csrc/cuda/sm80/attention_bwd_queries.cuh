@@ -1,0 +1,244 @@
+// Attention backward, the part that owns queries: dq and delta, for sequences whose keys do not fit
+// one tile. No atomics: each dq is summed by one warp in the order of the keys.
+//
+//   forward: out_i = Σ_j p_ij m_ij v_j, p = exp(s - lse), m the dropout mask, so
+//   delta_i = Σ_d dout_id out_id - dlse_i,  ds_ij = p_ij (m_ij dout_i·v_j - delta_i),
+//   dq_i = scale Σ_j ds_ij cap'_ij k_j
+#pragma once
+
+#include "cuda/sm80/attention_score.cuh"
+
+namespace bertkern::sm80 {
+
+template <typename Tile>
+constexpr int attention_bwd_queries_shared_bytes() {
+  return 2 * Tile::kRowsBytes + 2 * Tile::kStages * Tile::kColumnsBytes;
+}
+
+// delta of the rows that a thread's fragments hold, one of 16 rows apart: [g, g + 8]. The four
+// lanes of a row sum a quarter of it each. dout is read from its tile, out from memory.
+template <typename T, int kHeadDim>
+BERTKERN_DEVICE float row_of_delta(const char* dout_tile, int row, const T* out, int head_dim) {
+  const int t = lane_index() % 4;
+  float sum = 0.0f;
+#pragma unroll
+  for (int chunk = t; chunk < kHeadDim / 8; chunk += 4) {
+    if (chunk * 8 >= head_dim) continue;
+    union {
+      ptx::Words4 words;
+      T element[8];
+    } o, d;
+    o.words = ptx::load_global_16(out + chunk * 8);
+    d.words = *reinterpret_cast<const ptx::Words4*>(dout_tile + chunk_offset<kHeadDim>(row, chunk));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum += ptx::to_float(o.element[i]) * ptx::to_float(d.element[i]);
+  }
+  return sum_of_row(sum);
+}
+
+// Of the queries that a thread's fragment holds, rows g and g + 8.
+struct QueryRows {
+  float lse[2], delta[2];
+  DropoutRow keys;
+
+  // A query that sees nothing, or is none, has p = exp(s - Inf) = 0. `lse_factor`: log2(e) on the
+  // plain path, 1 on the general one.
+  BERTKERN_DEVICE void set(int half, bool inside, float row_lse, float row_delta,
+                           float lse_factor) {
+    lse[half] = inside && row_lse != -kInfinity ? row_lse * lse_factor : kInfinity;
+    delta[half] = lse[half] != kInfinity ? row_delta : 0.0f;
+  }
+};
+
+// p [16 x kKeyTiles · 8] holds products q kᵀ, dp holds dout vᵀ: p becomes ds, the gradient of the
+// scores (kCapped: of the products before the cap, in units of 1 / scale). Its corner is score
+// (first_q, first_k); `whole`: every score counts; `all_keys`: no other key is seen, so Σ p dp of
+// that very dp is added to delta. Where a query sees few keys dp and delta are almost equal, and a
+// sum over the rounded `out` would be all that is left of ds.
+template <typename T, AttentionVariant kVariant, bool kCapped, int kKeyTiles>
+BERTKERN_DEVICE void gradients_of_scores(float (&p)[kKeyTiles][4], float (&dp)[kKeyTiles][4],
+                                         QueryRows& rows, const AttentionKernelArguments& a,
+                                         const Sequence& s, const uint8_t* kept, bool whole,
+                                         bool all_keys, const ScoreOptions& options, int first_q,
+                                         int first_k) {
+  constexpr bool kGeneral = kVariant == AttentionVariant::kGeneral;
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  if (kVariant != AttentionVariant::kPlain && a.dropout_threshold != 0) {
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; n += 2) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        bool keep[2][2];
+        kept_scores(rows.keys, first_k + 8 * n + 2 * t + e, a.dropout_threshold, keep);
+#pragma unroll
+        for (int high = 0; high < 2; ++high) {
+          float &low = dp[n][2 * high + e], &next = dp[n + 1][2 * high + e];
+          low = keep[high][0] ? low * a.dropout_scale : 0.0f;
+          next = keep[high][1] ? next * a.dropout_scale : 0.0f;
+        }
+      }
+    }
+  }
+  const float to_log2 = kGeneral ? kLog2e : a.scale * kLog2e;
+  float sums[2] = {};
+#pragma unroll
+  for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      bool seen = true;
+      float derivative = 1.0f, exponent;
+      const int i = first_q + g + 8 * (e / 2), j = first_k + 8 * n + 2 * t + e % 2;
+      if (kGeneral || !whole) seen = i < s.len_q && (whole || sees(s, kept, i, j));
+      if (kGeneral) {
+        const float score = seen ? score_of<T>(options, p[n][e], i, j, derivative) : -kInfinity;
+        seen = seen && score != -kInfinity;
+        exponent = (score - rows.lse[e / 2]) * to_log2;
+      } else {
+        exponent = ptx::fma(p[n][e], to_log2, -rows.lse[e / 2]);
+      }
+      if (!kCapped) derivative = 1.0f;
+      // Chosen, not multiplied by 0: what is not seen may be NaN.
+      const float p_ij = seen ? ptx::exp2(exponent) : 0.0f;
+      if (!seen) dp[n][e] = 0.0f;
+      sums[e / 2] = ptx::fma(p_ij, dp[n][e], sums[e / 2]);
+      p[n][e] = p_ij * derivative;
+    }
+  }
+  if (all_keys) {
+    rows.delta[0] += sum_of_row(sums[0]);
+    rows.delta[1] += sum_of_row(sums[1]);
+  }
+#pragma unroll
+  for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float ds = p[n][e] * (dp[n][e] - rows.delta[e / 2]);
+      // delta may be NaN where dout is: it must not reach what is not seen, whose p is 0.
+      p[n][e] = (kGeneral || !whole) && p[n][e] == 0.0f ? 0.0f : ds;
+    }
+  }
+}
+
+template <typename T, typename Tile, AttentionVariant kVariant>
+BERTKERN_KERNEL(Tile::kThreads)
+attention_bwd_queries_kernel(const AttentionKernelArguments a) {
+  constexpr bool kGeneral = kVariant == AttentionVariant::kGeneral;
+  constexpr int kHeadDim = Tile::kHeadDim, kRowTiles = Tile::kRowTiles;
+  constexpr int kKeys = Tile::kColumns, kKeyTiles = kKeys / 8;
+  const int block = a.blocks - 1 - ptx::block_index() % a.blocks;
+  const int head = ptx::block_index() / a.blocks % a.heads;
+  const int index = ptx::block_index() / a.blocks / a.heads;
+  const int key_head = head / (a.heads / a.key_heads);
+  const Sequence s = sequence_of(a, index);
+  if (index == a.batch) {
+    zero_rows<T, Tile::kThreads>(head_rows<T>(a.dq, 0, s.first_q, head), a.dq.token, 0, s.len_q,
+                                 a.head_dim, block, a.blocks);
+    return;
+  }
+  const int first_q = block * Tile::kRows;
+  if (first_q >= s.len_q || s.len_k < a.least_keys) return;
+  const int end_q = first_q + Tile::kRows < s.len_q ? first_q + Tile::kRows : s.len_q;
+  const uint8_t* kept = kept_keys(a, index);
+
+  char* q_tile = ptx::shared_memory();
+  char* dout_tile = q_tile + Tile::kRowsBytes;
+  char* k_tiles = dout_tile + Tile::kRowsBytes;
+  char* v_tiles = k_tiles + Tile::kStages * Tile::kColumnsBytes;
+  const T* q = head_rows<const T>(a.q, index, s.first_q, head);
+  const T* out = head_rows<const T>(a.out, index, s.first_q, head);
+  const T* dout = head_rows<const T>(a.dout, index, s.first_q, head);
+  const T* k = head_rows<const T>(a.k, index, s.first_k, key_head);
+  const T* v = head_rows<const T>(a.v, index, s.first_k, key_head);
+  const auto copy_keys = [&](int tile) {
+    char* k_tile = k_tiles + tile % Tile::kStages * Tile::kColumnsBytes;
+    char* v_tile = v_tiles + tile % Tile::kStages * Tile::kColumnsBytes;
+    copy_rows<T, kKeys, kHeadDim, Tile::kThreads>(k_tile, k, a.k.token, tile * kKeys, s.len_k,
+                                                  a.head_dim, KeptKeys{kept});
+    copy_rows<T, kKeys, kHeadDim, Tile::kThreads>(v_tile, v, a.v.token, tile * kKeys, s.len_k,
+                                                  a.head_dim, KeptKeys{kept});
+  };
+
+  const int first_key = first_q + s.low > 0 ? first_q + s.low : 0;
+  const int end_key = end_q + s.high < s.len_k ? end_q + s.high : s.len_k;
+  const int first_tile = first_key / kKeys;
+  const int end_tile = end_key > first_key ? (end_key + kKeys - 1) / kKeys : first_tile;
+
+  copy_rows<T, Tile::kRows, kHeadDim, Tile::kThreads>(q_tile, q, a.q.token, first_q, s.len_q,
+                                                      a.head_dim, AllRows{});
+  copy_rows<T, Tile::kRows, kHeadDim, Tile::kThreads>(dout_tile, dout, a.dout.token, first_q,
+                                                      s.len_q, a.head_dim, AllRows{});
+  if (first_tile < end_tile) copy_keys(first_tile);
+  ptx::copy_async_commit();
+
+  const int row = warp_index() * Tile::kWarpRows;
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  float dq[kRowTiles][kHeadDim / 8][4] = {};
+  const bool all_keys = end_tile - first_tile == 1;
+  QueryRows rows[kRowTiles];
+  const int64_t at_lse = lse_offset(a, index, s.first_q, head);
+  ptx::copy_async_wait<0>();
+  ptx::block_barrier();
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int tile_row = row + 16 * r + g + 8 * half, i = first_q + tile_row;
+      const int inside = i < s.len_q ? i : s.len_q - 1;  // all lanes take part in the sum
+      float delta = 0.0f;
+      if (!all_keys) {
+        delta =
+            row_of_delta<T, kHeadDim>(dout_tile, tile_row, out + inside * a.out.token, a.head_dim);
+      }
+      if (a.dlse != nullptr) delta -= a.dlse[at_lse + inside];
+      rows[r].set(half, i < s.len_q, a.lse[at_lse + inside], delta, kGeneral ? 1.0f : kLog2e);
+    }
+    if (kVariant != AttentionVariant::kPlain && a.dropout_threshold != 0) {
+      rows[r].keys = dropout_row(dropout_stream_of(a, index, head),
+                                 static_cast<uint32_t>(first_q + row + 16 * r + g));
+    }
+  }
+  const ScoreOptions options = kGeneral ? score_options<T>(a, index, head) : ScoreOptions{};
+
+  for (int tile = first_tile; tile < end_tile; ++tile) {
+    if (tile > first_tile) {
+      ptx::copy_async_wait<0>();
+      ptx::block_barrier();  // the tile is there, and nobody reads the stage that is filled next
+    }
+    if (tile + 1 < end_tile) copy_keys(tile + 1);
+    ptx::copy_async_commit();
+    const int stage = tile % Tile::kStages, first_k = tile * kKeys;
+    const char* k_tile = k_tiles + stage * Tile::kColumnsBytes;
+    const char* v_tile = v_tiles + stage * Tile::kColumnsBytes;
+
+    float p[kRowTiles][kKeyTiles][4] = {}, dp[kRowTiles][kKeyTiles][4] = {};
+    multiply_transposed<T, kHeadDim>(p, q_tile, row, k_tile);
+    multiply_transposed<T, kHeadDim>(dp, dout_tile, row, v_tile);
+
+    const bool whole = sees_all(s, kept, first_q, end_q, first_k, first_k + kKeys);
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      gradients_of_scores<T, kVariant, true>(p[r], dp[r], rows[r], a, s, kept, whole, all_keys,
+                                             options, first_q + row + 16 * r, first_k);
+    }
+    multiply_accumulators<T, kHeadDim>(dq, p, k_tile);
+  }
+
+  T* target = head_rows<T>(a.dq, index, s.first_q, head);
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = first_q + row + 16 * r + g + 8 * half;
+      if (t == 0 && i < s.len_q) a.delta[at_lse + i] = rows[r].delta[half];
+    }
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) dq[r][n][e] *= a.scale;
+    }
+    store_rows<T, kHeadDim>(dq[r], q_tile, row + 16 * r, 0, target, a.dq.token,
+                            first_q + row + 16 * r, s.len_q, a.head_dim);
+  }
+}
+
+}  // namespace bertkern::sm80

@@ -1,0 +1,279 @@
+#include "machine/threads.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+#include <numeric>
+#include <stdexcept>
+
+#include "machine/places.h"
+#include "machine/watch.h"
+
+namespace bertkern::emulator {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxBlocks = 0x7FFFFFFF;
+constexpr int kMaxSharedBytes = 227 * 1024;  // of compute capability 9.0
+constexpr size_t kSharedStride = 256 * 1024;
+
+std::mutex one_grid;
+
+}  // namespace
+
+Machine Machine::the_machine_;
+
+void Machine::configure(uint64_t seed, int resident_blocks, bool find_races) {
+  if (resident_blocks < 1) throw std::invalid_argument("resident_blocks must be at least 1");
+  const std::lock_guard<std::mutex> lock(one_grid);
+  seed_ = seed;
+  launches_ = 0;
+  resident_ = resident_blocks;
+  find_races_ = find_races;
+}
+
+void run_grid(const Grid& grid, Entry entry, void (*kernel)(), const void* arguments) {
+  Machine::get().run(grid, entry, kernel, arguments);
+}
+
+void Machine::run(const Grid& grid, Entry entry, void (*kernel)(), const void* arguments) {
+  const std::string name = grid.name;
+  if (grid.blocks < 1 || grid.blocks > kMaxBlocks) {
+    throw std::invalid_argument(name + ": a grid of " + std::to_string(grid.blocks) + " blocks");
+  }
+  if (grid.threads < 1 || grid.threads > kMaxThreads || grid.threads % kWarpThreads != 0) {
+    throw std::invalid_argument(name + ": blocks of " + std::to_string(grid.threads) +
+                                " threads; the machine takes whole warps up to 1024 threads");
+  }
+  if (grid.shared_bytes < 0 || grid.shared_bytes > kMaxSharedBytes) {
+    throw std::invalid_argument(name + ": " + std::to_string(grid.shared_bytes) +
+                                " bytes of shared memory; at most " +
+                                std::to_string(kMaxSharedBytes));
+  }
+  const std::lock_guard<std::mutex> lock(one_grid);
+  grid_ = grid;
+  entry_ = entry;
+  kernel_ = kernel;
+  arguments_ = arguments;
+  set_up();
+  loop();
+  if (failed_) throw std::runtime_error(name + ": " + error_);
+}
+
+void Machine::set_up() {
+  random_ = Random(seed_ * 0x9E3779B97F4A7C15u + ++launches_);
+  // From a warp that leaves at every second chance to one that runs until it must wait.
+  leave_warp_ = kAllLanes >> (1 + random_.below(12));
+  failed_ = false;
+  running_ = nullptr;
+  const int resident = static_cast<int>(std::min<int64_t>(resident_, grid_.blocks));
+  const int warps = grid_.threads / kWarpThreads;
+  stacks_.reserve(resident * grid_.threads);
+  map_shared(resident);
+  blocks_.resize(resident);
+  pool_.reset();
+  regions_.start_grid();
+  nothing_ = std::make_shared<const std::vector<uint32_t>>(grid_.threads * kKinds, 0);
+  ready_.clear();
+  for (int b = 0; b < resident; ++b) {
+    Block& block = blocks_[b];
+    block.threads.resize(grid_.threads);
+    block.warps.resize(warps);
+    block.shared = shared_ + (b + 1) * kSharedStride;
+    block.running = false;
+    block.cells.assign((grid_.shared_bytes + kCellBytes - 1) / kCellBytes, Cell{});
+    for (int t = 0; t < grid_.threads; ++t) {
+      Thread& thread = block.threads[t];
+      thread.block = &block;
+      thread.warp = &block.warps[t / kWarpThreads];
+      thread.index = t;
+      thread.lane = t % kWarpThreads;
+      thread.stack = stacks_.low(b * grid_.threads + t);
+    }
+    for (int w = 0; w < warps; ++w) {
+      block.warps[w].block = &block;
+      block.warps[w].lanes = &block.threads[w * kWarpThreads];
+    }
+  }
+  order_.resize(grid_.blocks);
+  std::iota(order_.begin(), order_.end(), 0);
+  for (size_t i = order_.size(); i > 1; --i) {
+    std::swap(order_[i - 1], order_[random_.below(static_cast<uint32_t>(i))]);
+  }
+}
+
+void Machine::map_shared(int blocks) {
+  // There is nothing before and behind each block's.
+  const size_t bytes = (blocks + 2) * kSharedStride;
+  if (shared_bytes_ >= bytes) return;
+  if (shared_ != nullptr) munmap(shared_, shared_bytes_);
+  shared_bytes_ = 0;
+  void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  shared_ = static_cast<char*>(mapped);
+  shared_bytes_ = bytes;
+}
+
+void Machine::start(Block& block) {
+  block.index = order_.back();
+  order_.pop_back();
+  block.ended = 0;
+  block.running = true;
+  std::memset(block.shared, 0xFF, grid_.shared_bytes);  // NaN in every format
+  for (Cell& cell : block.cells) cell.writes.count = cell.reads.count = cell.written = 0;
+  for (Barrier& barrier : block.barriers) {
+    barrier.arrived = 0;
+    barrier.came.assign(grid_.threads, false);
+    barrier.waiting.clear();
+    barrier.known.start(grid_.threads);
+  }
+  for (Thread& thread : block.threads) {
+    thread.wait = Wait::kNothing;
+    thread.copies.clear();
+    thread.clock.start(thread.index, nothing_);
+    // Tops at different distances from a page, so that stacks do not meet in the same cache sets.
+    const size_t shift = static_cast<size_t>(thread.index % 32) * 128;
+    prepare(thread.fiber, thread.stack, Stacks::kBytes - shift, &Machine::enter);
+  }
+  for (Warp& warp : block.warps) {
+    warp.ready = warp.arrived = 0;
+    warp.position = -1;
+    make_ready(warp, kAllLanes);
+  }
+}
+
+void Machine::loop() {
+  for (;;) {
+    bool some = false;
+    for (Block& block : blocks_) {
+      if (block.running && block.ended == grid_.threads) block.running = false;
+      if (!block.running && !order_.empty()) start(block);
+      some = some || block.running;
+    }
+    if (!some) return;
+    running_ = pick();
+    if (running_ == nullptr) {
+      failed_ = true;
+      error_ = stuck();
+      return;
+    }
+    watch_thread(running_->stack, Stacks::kBytes);
+    switch_fiber(scheduler_, running_->fiber);
+    watch_nothing();
+    if (failed_) return;
+  }
+}
+
+void Machine::enter() {
+  Machine& machine = get();
+  machine.entry_(machine.kernel_, machine.arguments_);
+  machine.end_thread();
+}
+
+void Machine::end_thread() {
+  Thread& thread = *running_;
+  if (const Copy* copy = thread.copies.first()) {
+    fail(name_of(thread) + " ends while a copy is under way that it started at " +
+         where(copy->place) + ": it has not waited for it");
+  }
+  thread.wait = Wait::kEnded;
+  if (++thread.block->ended == grid_.threads) {
+    switch_fiber(thread.fiber, scheduler_);
+  } else {
+    go_on(thread.fiber);
+  }
+  __builtin_unreachable();
+}
+
+Thread* Machine::pick() {
+  if (ready_.empty()) return nullptr;
+  Warp* warp = running_ != nullptr ? running_->warp : nullptr;
+  const uint64_t bits = random_.bits();
+  if (warp == nullptr || warp->ready == 0 || static_cast<uint32_t>(bits) < leave_warp_) {
+    warp = ready_[random_.below(static_cast<uint32_t>(ready_.size()))];
+  }
+  // The first ready lane from a random one on.
+  const int first = static_cast<int>(bits >> 59);
+  const uint64_t twice = static_cast<uint64_t>(warp->ready) << 32 | warp->ready;
+  const int lane = (__builtin_ctzll(twice >> first) + first) % kWarpThreads;
+  warp->ready &= ~(1u << lane);
+  if (warp->ready == 0) {
+    ready_.back()->position = warp->position;
+    std::swap(ready_[warp->position], ready_.back());
+    ready_.pop_back();
+    warp->position = -1;
+  }
+  return &warp->lanes[lane];
+}
+
+// Leaves `from` for a thread that can run, or for the loop if there is none.
+void Machine::go_on(Fiber& from) {
+  Thread* next = pick();
+  if (next == nullptr) {
+    switch_fiber(from, scheduler_);
+    return;
+  }
+  running_ = next;
+  watch_thread(next->stack, Stacks::kBytes);
+  switch_fiber(from, next->fiber);
+}
+
+void Machine::pause() {
+  Thread& thread = *running_;
+  if (thread.copies.first() != nullptr && random_.below(4) == 0) thread.copies.land_some(random_);
+  go_on(thread.fiber);
+}
+
+void Machine::wait(Wait wait, const void* place, int detail) {
+  Thread& thread = *running_;
+  thread.wait = wait;
+  thread.place = place;
+  thread.detail = detail;
+  pause();
+}
+
+void Machine::yield() {
+  if (random_.below(16) != 0) return;
+  Thread& thread = *running_;
+  make_ready(*thread.warp, 1u << thread.lane);
+  pause();
+}
+
+void Machine::wake(Thread& thread) {
+  thread.wait = Wait::kNothing;
+  make_ready(*thread.warp, 1u << thread.lane);
+}
+
+void Machine::wake(Warp& warp, uint32_t lanes) {
+  for (uint32_t left = lanes; left != 0; left &= left - 1) {
+    warp.lanes[__builtin_ctz(left)].wait = Wait::kNothing;
+  }
+  make_ready(warp, lanes);
+}
+
+void Machine::make_ready(Warp& warp, uint32_t lanes) {
+  if (warp.ready == 0 && lanes != 0) {
+    warp.position = static_cast<int>(ready_.size());
+    ready_.push_back(&warp);
+  }
+  warp.ready |= lanes;
+}
+
+void Machine::fail(const std::string& what) {
+  error_ = what;
+  failed_ = true;
+  switch_fiber(running_->fiber, scheduler_);
+  __builtin_unreachable();
+}
+
+// Indices ---------------------------------------------------------------------------------------
+
+int thread_index() { return Machine::get().running().index; }
+int block_index() { return Machine::get().running().block->index; }
+int block_count() { return static_cast<int>(Machine::get().grid().blocks); }
+char* shared_memory() { return Machine::get().running().block->shared; }
+
+}  // namespace bertkern::emulator
