@@ -1,4 +1,4 @@
-# make demo · test · test-all · mutants · gate · bench · gpu · gpu-tests · gpu-ops · gpu-models · lint · clean
+# make demo · test · test-all · mutants · gate · sass · bench · gpu · gpu-tests · gpu-ops · gpu-models · lint · clean
 #
 # Every target but `gpu` and its parts makes .venv when it is missing: a virtual environment with the versions of constraints.txt and
 # bertkern installed in place, its extension compiled. Two stamps inside say that this is done, so it is not redone:
@@ -16,16 +16,17 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
-NATIVE  := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+NATIVE  := $(shell find csrc tests -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: help demo test test-all mutants gate bench gpu gpu-tests gpu-ops gpu-models lint clean
+.PHONY: help demo test test-all mutants gate sass bench gpu gpu-tests gpu-ops gpu-models lint clean
 
 help:
 	@echo "make demo      embed, search and pre-train on this machine; writes ./demo-output (<= 3 minutes once installed)"
 	@echo "make test      the tests (<= 10 minutes on two cores once installed)"
 	@echo "make test-all  the tests with 500 random cases of each op and all mutants, and every case of the benchmarks checked"
-	@echo "make mutants   run the tests on each deliberately wrong kernel; writes docs/mutants.md"
+	@echo "make mutants   run the tests on each deliberately wrong kernel; writes docs/mutants.md and docs/cuda-mutants.md"
 	@echo "make gate      compile every Triton kernel at every tuning row with the oldest and the newest Triton; writes docs/machine-code.md"
+	@echo "make sass      read the compiled CUDA kernels: registers, occupancy, the loops' issue slots; writes docs/machine-code-cuda.md (<= 1 minute)"
 	@echo "make bench     time ops, models and training against their peers (<= 15 minutes; ARGS=--quick: 3); draws benchmarks/report"
 	@echo "make gpu       with PYTHON as it stands: build, test and time on the GPU at hand (<= 9 minutes); writes RESULTS"
 	@echo "               in parts: make gpu-tests, gpu-ops, gpu-models; ARGS=--full times every case"
@@ -43,10 +44,14 @@ test-all: $(VENV)/built
 
 mutants: $(VENV)/built
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m mutants.run --write ../docs/mutants.md $(ARGS)
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m emulator.mutants.run --write ../docs/cuda-mutants.md $(ARGS)
 
 # The two Tritons go to build/gate, each alone in a folder; what was compiled is kept there, too.
 gate: $(VENV)/built
 	$(BIN)/python tests/kernels/gate.py --every-triton $(ARGS)
+
+sass: $(VENV)/built
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m csrc.cuda_gate $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python -m bertkern.benchmarks.run --results $(RESULTS) $(ARGS)

@@ -13,7 +13,7 @@ loop is counted whole.
 import re
 from typing import NamedTuple
 
-INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)([^;]*);")
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)([^;]*);")
 UNITS = {
     "tensor": "HGMMA HMMA QGMMA IGMMA IMMA",
     "mufu": "MUFU",
@@ -44,12 +44,13 @@ SHARED_BYTES = 128  # of an SM in one clock
 
 
 class Instruction(NamedTuple):
-    """`name` is the mnemonic up to its first dot."""
+    """`name` is the mnemonic up to its first dot, `guard` the predicate it is executed under."""
 
     address: int
     name: str
     mnemonic: str
     operands: str
+    guard: str = ""
 
 
 class SmLimits(NamedTuple):
@@ -68,8 +69,10 @@ SM = {80: SmLimits(164 * 1024), 90: SmLimits(228 * 1024)}
 def instructions(sass):
     """The instructions of one kernel, in order, as cuobjdump prints them."""
     return [
-        Instruction(int(address, 16), mnemonic.split(".")[0], mnemonic, operands.strip())
-        for address, mnemonic, operands in INSTRUCTION.findall(sass)
+        Instruction(
+            int(address, 16), mnemonic.split(".")[0], mnemonic, operands.strip(), guard.strip()
+        )
+        for address, guard, mnemonic, operands in INSTRUCTION.findall(sass)
     ]
 
 
@@ -128,11 +131,11 @@ def shared_bytes(body):
     instructions."""
     total = 0
     for i in body:
-        last = i.mnemonic.split(".")[-1]
+        parts = i.mnemonic.split(".")
         if i.name in ("LDSM", "STSM"):  # .4: four matrices of 8 x 8 16-bit values for a warp
-            total += 4 * (int(last) if last in ("2", "4") else 1)
-        elif UNIT_OF.get(i.name) == "shared":
-            total += int(last) // 8 if last in ("64", "128") else 4
+            total += 4 * (int(parts[-1]) if parts[-1] in ("2", "4") else 1)
+        elif UNIT_OF.get(i.name) == "shared":  # the width may stand before .ZFILL
+            total += next((int(part) // 8 for part in parts if part in ("64", "128")), 4)
     return total
 
 
@@ -166,11 +169,19 @@ def clocks(body, warps, arch, tf32=False):
     }
 
 
-def occupancy(registers, shared, warps, arch):
-    """CTAs that an SM holds at once. Registers are dealt out by 256 a warp, shared memory by
-    128 bytes."""
+def residents(registers, shared, warps, arch):
+    """CTAs that an SM could hold at once by each thing that they share. Registers are dealt out by
+    256 a warp, shared memory by 128 bytes."""
     sm = SM[arch]
     per_warp = -(-registers * 32 // 256) * 256
-    by_registers = sm.registers // per_warp // warps
-    by_shared = sm.shared // (-(-(shared + 1024) // 128) * 128)
-    return min(by_registers, by_shared, sm.warps // warps, sm.ctas)
+    return {
+        "registers": sm.registers // per_warp // warps,
+        "shared": sm.shared // (-(-(shared + 1024) // 128) * 128),
+        "warps": sm.warps // warps,
+        "CTAs": sm.ctas,
+    }
+
+
+def occupancy(registers, shared, warps, arch):
+    """CTAs that an SM holds at once."""
+    return min(residents(registers, shared, warps, arch).values())
