@@ -28,11 +28,12 @@ CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "emulator"
 JOBS = 2
 
-COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-psabi")
-MACHINE = ("-O2", "-g1")
+COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
+MACHINE = ("-O2", "-g1", "-Wall", "-Wno-psabi")
+BINDINGS = ("-O0", "-w")
 # Accesses stay as the source has them: none merged into wider ones, none turned into calls.
 KERNELS = (
-    *("-O1", "-g1", "-fsanitize=thread,alignment", "-Wno-unknown-pragmas"),
+    *("-O1", "-g1", "-fsanitize=thread,alignment", "-w"),
     *("-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-fno-strict-aliasing"),
     "-fno-optimize-sibling-calls",  # a return address is that of the kernel's call
 )
@@ -125,6 +126,20 @@ def _compile(source: Path, flags: tuple[str, ...]) -> Path:
     return target
 
 
+def link(objects: list[Path], target: Path) -> None:
+    """Makes a module of objects.
+
+    Those of the machine come first: of a function of a header that several have, the linker takes
+    the first one's copy, and the machine's own must not be one that is watched.
+    """
+    machine = {path.stem for path in (HERE / "machine").glob("*.cpp")}
+    ordered = sorted(objects, key=lambda path: path.name.rpartition("-")[0] not in machine)
+    command = [compiler(), "-shared", "-o", str(target), *map(str, ordered), "-ldl"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
 def build(
     name: str = "_emulated", kernels: tuple[Path, ...] = (), module: Path | None = None
 ) -> Path:
@@ -147,14 +162,14 @@ def build(
             p for p in sorted((CSRC / "cuda").glob("*.cu")) if "#include <cu" not in p.read_text()
         ]
         units += [(path, _kernel_flags()) for path in sources]
-        units.append((CSRC / "cuda" / "bindings.cpp", (*MACHINE, *includes)))
-    units.append((module or HERE / "module.cpp", (*MACHINE, *includes)))
+        units.append((CSRC / "cuda" / "bindings.cpp", (*BINDINGS, *includes)))
+    units.append((module or HERE / "module.cpp", (*BINDINGS, *includes)))
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one test run share the build
-        largest_first = sorted(units, key=lambda unit: -unit[0].stat().st_size)
+        slowest_first = sorted(units, key=lambda u: (u[0].suffix != ".cu", -u[0].stat().st_size))
         with ThreadPoolExecutor(JOBS) as pool:
-            objects = list(pool.map(lambda unit: _compile(*unit), largest_first))
+            objects = list(pool.map(lambda unit: _compile(*unit), slowest_first))
         contents = "".join(_hash_of(str(path)) for path in objects)
         key = hashlib.sha256(contents.encode()).hexdigest()[:16]
         folder = BUILD / f"{name}-{key}"
@@ -165,8 +180,7 @@ def build(
                     shutil.rmtree(old)
             folder.mkdir()
             partial = folder / "partial.so"
-            command = [compiler(), "-shared", "-o", str(partial), *map(str, objects), "-ldl"]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            link(objects, partial)
             partial.rename(target)
     return target
 

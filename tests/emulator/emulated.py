@@ -3,6 +3,11 @@
 `with emulated(seed): ...` puts the emulated module in the place of bertkern._C in the modules of
 the backend, tells the machine of every tensor whose address they take, and fills the memory that
 they ask torch for with NaN. Everything is as before afterwards.
+
+What it cannot show: registers and spills, bank conflicts and speed; how tensor cores round a sum,
+and how far the special-function unit is off; values that blocks hand to each other without a
+launch between them, which is always a race here; accesses that the host's compiler removes or the
+device's adds.
 """
 
 import contextlib

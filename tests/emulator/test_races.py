@@ -126,7 +126,7 @@ def machine_finds_a_race(acts, syncs, seed):
     machine.configure(seed)
     machine.clear_memory()
     try:
-        machine.program(*(faults.register(*item) for item in tensors.items()), STEPS)
+        machine.program(*(faults.register(*item) for item in tensors.items()), len(syncs))
     except RuntimeError as error:
         if "a race on them" not in str(error):
             raise
@@ -142,3 +142,41 @@ def test_races_are_found_exactly(part):
         assert machine_finds_a_race(acts, syncs, number) == expected, number
         found[expected] += 1
     assert min(found.values()) > 3, "programs with and without races"
+
+
+# What is done in turn by (thread, act, byte), None for a barrier of warp 0; whether it is a race.
+IN_TURN = {
+    "a write that part of another one followed": (
+        [(0, WRITE_WORD, 0), None, (1, WRITE_BYTE, 0), (40, READ_BYTE, 2)],
+        True,
+    ),
+    "a write that all of another one followed": (
+        [(0, WRITE_WORD, 0), None, (1, WRITE_WORD, 0), None, (2, READ_BYTE, 2)],
+        False,
+    ),
+    "a read behind which its thread read elsewhere": (
+        [(0, READ_WORD, 0), (0, READ_WORD, 4), (40, WRITE_WORD, 0)],
+        True,
+    ),
+    "a read before a barrier, another behind it": (
+        [(0, READ_WORD, 0), None, (0, READ_WORD, 0), (1, WRITE_WORD, 0)],
+        True,
+    ),
+    "many reads of one word": ([*((t, READ_WORD, 0) for t in range(40)), (7, WRITE_BYTE, 3)], True),
+    "many reads, then a barrier of those who read": (
+        [*((t, READ_WORD, 0) for t in range(32)), None, (7, WRITE_BYTE, 3)],
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize(("acts", "expected"), IN_TURN.values(), ids=IN_TURN.keys())
+def test_one_after_the_other(acts, expected):
+    steps = [[(NOTHING, 0)] * THREADS for _ in acts]
+    for step, act in zip(steps, acts, strict=True):
+        if act is not None:
+            thread, what, byte = act
+            step[thread] = (what, byte)
+    syncs = [FIRST_WARP if act is None else NONE for act in acts]
+    for seed in range(20):
+        assert machine_finds_a_race(steps, syncs, seed) == expected

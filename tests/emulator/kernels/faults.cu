@@ -270,7 +270,7 @@ BERTKERN_KERNEL(128) bounds(const Arguments a) {
   for (int i = t; i < 1024; i += 128) shared[i] = 0.0f;
   ptx::block_barrier();
   if (t != 64) return;
-  uint32_t* pointer = nullptr;
+  const auto nothing = static_cast<uintptr_t>(ptx::block_index());  // nobody knows that it is 0
   switch (a.fault) {
     case 0:
       a.y[t] = shared[1023] + a.x[511] + kTable[a.fault];
@@ -303,7 +303,7 @@ BERTKERN_KERNEL(128) bounds(const Arguments a) {
       ptx::copy_async_16(shared + 1024, a.x, true);
       break;
     case 10:
-      a.y[t] = static_cast<float>(*pointer);
+      a.y[t] = *reinterpret_cast<float*>(nothing);
       break;
     case 11:
       variable += 1.0f;

@@ -14,14 +14,13 @@ struct Copy {
   Words4 value;    // what was there when the copy started
   uint32_t group;  // the commit that it belongs to, counted from 1
   uint32_t place;
-  bool landed;
 };
 
 // The value of a copy arrives at some moment between its start and the wait that covers its group.
 class Copies {
  public:
   void start(char* to, const Words4& value, uint32_t place) {
-    under_way_.push_back({to, value, group(), place, false});
+    under_way_.push_back({to, value, group(), place});
   }
   void commit() { ++committed_; }
   uint32_t wait(int pending_groups);  // lands all but the newest groups; how many are waited for
@@ -32,7 +31,7 @@ class Copies {
   void clear();
 
  private:
-  std::vector<Copy> under_way_;  // until a wait, landed or not
+  std::vector<Copy> under_way_;  // until a wait
   uint32_t committed_ = 0, waited_ = 0;
 };
 

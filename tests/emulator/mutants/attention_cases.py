@@ -1,0 +1,316 @@
+"""Cases of attention. The table of the mutants' tiles makes 32 keys at D <= 64, and 80 at D <= 96,
+those of one tile in the backward; the others walk over tiles of 32 and 16."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from fuzz.softmax import Options, one_sequence
+
+import bertkern
+from bertkern.reference.dropout import random_bits
+
+from .cases import HALF, Case, Dice, Tensors
+
+NAN = math.nan
+
+
+def _by_head(t: torch.Tensor) -> torch.Tensor:
+    return t.transpose(-3, -2)
+
+
+def _rows_of_lse(t: torch.Tensor) -> torch.Tensor:
+    return t[..., None]
+
+
+VIEWS = {"q": _by_head, "k": _by_head, "v": _by_head, "out": _by_head, "lse": _rows_of_lse}
+
+
+def edge_of_dropout(offset: int, batch: int, heads: int, queries: int, keys: int):
+    """(seed, p) such that bits equal the threshold, which must keep them, in each of the four
+    places {query's bit 3} x {key's bit 3} that the kernels compare on their own."""
+    sequence, head, i, j = torch.meshgrid(
+        *(torch.arange(n) for n in (batch, heads, queries, keys)), indexing="ij"
+    )
+    corner = (i >> 3 & 1) * 2 + (j >> 3 & 1)
+    for seed in range(1000):
+        bits = random_bits(torch.tensor([seed]), sequence + offset, head, i, j).long()
+        hit = torch.ones(65536, dtype=torch.bool)
+        for c in range(4):
+            hit &= torch.bincount(bits[corner == c], minlength=65536) > 0
+        hit[:8000] = hit[40000:] = False
+        if hit.any():
+            return torch.tensor([seed]), int(hit.nonzero()[0]) / 65536
+    raise AssertionError("no seed has such a threshold")
+
+
+def _poisoned_bias(dice: Dice, sizes, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Normal values, some -Inf, NaN where no score reads them; a contiguous tensor."""
+    if dtype == torch.bool:
+        return dice.normal(*sizes) > -0.8
+    bias = dice.normal(*sizes)
+    bias[dice.normal(*sizes) > 1.3] = -math.inf
+    for d, (n, m) in enumerate(zip(sizes, seen.shape, strict=True)):
+        seen = seen if n == m else seen.any(d, keepdim=True)
+    bias[~seen.expand(sizes)] = NAN
+    return bias.to(dtype)
+
+
+def _unread(empty: torch.Tensor) -> Tensors:
+    """Rows of queries that see nothing, empty [B, H, S] or [H, T], in all that they hold."""
+    rows = empty.transpose(-2, -1)[..., None]
+    return {"q": rows, "out": rows, "lse": empty}
+
+
+def batched(
+    name: str,
+    seed: int,
+    queries: int,
+    keys: int,
+    *,
+    batch: int = 2,
+    heads: tuple[int, int] = (2, 1),
+    dim: int = 64,
+    lengths: list[int] | None = None,
+    holes: bool = False,
+    bias: tuple[int, int, int, int] | None = None,
+    bias_dtype: torch.dtype = HALF,
+    dropout: bool = False,
+    dlse: bool = True,
+    loud: float = 1.0,
+    scale: float | None = None,
+    **options,
+) -> Case:
+    """Case of bertkern.attention; `bias` is its sizes, `dlse` whether lse has a gradient, `loud`
+    how large v and dout are."""
+    dice = Dice(seed)
+    choice = Options(dim**-0.5 if scale is None else scale, **options)
+    if dropout:
+        choice.offset = 3
+        choice.seed, choice.dropout_p = edge_of_dropout(3, batch, heads[0], queries, keys)
+    leaves = {
+        "q": dice.rows(batch, queries, heads[0], dim),
+        "k": dice.rows(batch, keys, heads[1], dim),
+        "v": dice.rows(batch, keys, heads[1], dim, scale=loud),
+    }
+    keywords = choice.keywords() | {"return_lse": True}
+    exists = torch.ones(batch, keys, dtype=torch.bool)
+    if lengths is not None:
+        keywords["key_lengths"] = torch.tensor(lengths, dtype=torch.int32)
+        exists &= torch.arange(keys) < torch.tensor(lengths)[:, None]
+    if holes:
+        kept = dice.normal(batch, keys) > -0.5
+        kept[0, : keys // 3] = False  # left padding
+        keywords["key_padding_mask"] = kept
+        exists &= kept
+    for key in ("k", "v"):
+        leaves[key].masked_fill_(~exists[:, :, None, None], NAN)
+    shape = (batch, heads[0], queries, keys)
+    seen = (choice.seen(queries, keys) & exists[:, None, None]).expand(shape)
+    mask = None
+    if bias is not None:
+        mask = _poisoned_bias(dice, bias, seen, bias_dtype)
+        seen = seen & (mask if mask.dtype == torch.bool else mask != -math.inf)
+        if mask.dtype != torch.bool:
+            leaves["bias"], mask = mask, None
+    unread = _unread(~seen.any(-1))
+    all_heads = unread["q"].all(2, keepdim=True)
+    leaves["q"].masked_fill_(all_heads, NAN)
+    out = {
+        "out": dice.rows(batch, queries, heads[0], dim, scale=loud),
+        "lse": dice.normal(*shape[:3]),
+    }
+    if not dlse:
+        del out["lse"]
+    for key in out:
+        out[key].masked_fill_(unread[key], NAN)
+
+    def given(t: Tensors) -> dict:
+        added = t.get("bias", mask)
+        return {} if added is None else {"bias": added}
+
+    def call(t: Tensors) -> Tensors:
+        results = bertkern.attention(t["q"], t["k"], t["v"], **keywords, **given(t))
+        return dict(zip(("out", "lse"), results, strict=True))
+
+    def plain(t: Tensors) -> Tensors:
+        full = given(t).get("bias")
+        full = None if full is None else full.expand(shape)
+        results = [
+            one_sequence(
+                t["q"][b],
+                t["k"][b],
+                t["v"][b],
+                None if full is None else full[b],
+                choice.seen(queries, keys),
+                exists[b].nonzero()[:, 0],
+                choice.keep(b, heads[0], queries, keys),
+                choice,
+            )
+            for b in range(batch)
+        ]
+        return dict(zip(("out", "lse"), map(torch.stack, zip(*results, strict=True)), strict=True))
+
+    unread["q"] = unread["q"] & all_heads
+    cancels = ("bias",) if bias is not None and bias[3] == 1 else ()
+    return Case(name, leaves, call, plain, out, HALF, unread, VIEWS, cancels)
+
+
+def varlen(
+    name: str,
+    seed: int,
+    lengths: list[tuple[int, int]],
+    slack: tuple[int, int],
+    *,
+    heads: tuple[int, int] = (2, 1),
+    dim: int = 64,
+    bias: tuple[int, int] | None = None,
+    dropout: bool = False,
+    **options,
+) -> Case:
+    """Case of bertkern.attention_varlen; `bias` is its first two sizes."""
+    dice = Dice(seed)
+    choice = Options(dim**-0.5, **options)
+    batch, longest = len(lengths), [max(pair[x] for pair in lengths) for x in (0, 1)]
+    if dropout:
+        choice.offset = 3
+        choice.seed, choice.dropout_p = edge_of_dropout(3, batch, heads[0], *longest)
+    starts = [[sum(pair[x] for pair in lengths[:b]) for b in range(batch + 1)] for x in (0, 1)]
+    total = [starts[x][-1] + slack[x] for x in (0, 1)]
+    leaves = {
+        "q": dice.rows(total[0], heads[0], dim),
+        "k": dice.rows(total[1], heads[1], dim),
+        "v": dice.rows(total[1], heads[1], dim),
+    }
+    for key, x in (("q", 0), ("k", 1), ("v", 1)):
+        leaves[key][starts[x][-1] :] = NAN
+    if bias is not None:
+        leaves["bias"] = dice.normal(*bias, *longest).to(HALF)
+    cu = [torch.tensor(s, dtype=torch.int32) for s in starts]
+    keywords = choice.keywords() | {"return_lse": True}
+    empty = torch.ones(heads[0], total[0], dtype=torch.bool)
+    for b, pair in enumerate(lengths):
+        empty[:, starts[0][b] : starts[0][b + 1]] = ~choice.seen(*pair).any(-1)
+    unread = _unread(empty)
+    leaves["q"].masked_fill_(unread["q"], NAN)
+    out = {"out": dice.rows(total[0], heads[0], dim), "lse": dice.normal(heads[0], total[0])}
+    for key in out:
+        out[key].masked_fill_(unread[key], NAN)
+
+    def call(t: Tensors) -> Tensors:
+        added = {"bias": t["bias"]} if "bias" in t else {}
+        results = bertkern.attention_varlen(
+            t["q"], t["k"], t["v"], *cu, *longest, **keywords, **added
+        )
+        return dict(zip(("out", "lse"), results, strict=True))
+
+    def plain(t: Tensors) -> Tensors:
+        outs, lses = [], []
+        for b, (len_q, len_k) in enumerate(lengths):
+            q, k, v = (
+                t[key][starts[x][b] : starts[x][b + 1]] for key, x in (("q", 0), ("k", 1), ("v", 1))
+            )
+            added = None
+            if "bias" in t:
+                added = t["bias"][b if bias[0] > 1 else 0, :, :len_q, :len_k]
+            keep = choice.keep(b, heads[0], len_q, len_k)
+            seen = choice.seen(len_q, len_k)
+            one = one_sequence(q, k, v, added, seen, torch.arange(len_k), keep, choice)
+            outs.append(one[0])
+            lses.append(one[1])
+        rest = t["q"][starts[0][-1] :]
+        outs.append(torch.zeros_like(rest))
+        lses.append(outs[0].new_full((heads[0], len(rest)), -math.inf))
+        return {"out": torch.cat(outs), "lse": torch.cat(lses, -1)}
+
+    return Case(name, leaves, call, plain, out, HALF, unread, VIEWS)
+
+
+class NanInside:
+    """NaN in a query reaches its output and its lse, and no other query's."""
+
+    name = "NaN in a query"
+
+    def prepare(self) -> None:
+        dice = Dice(23)
+        self.q, self.k, self.v = (dice.rows(1, n, 1, 64) for n in (20, 40, 40))
+        self.q[0, 5] = NAN
+
+    def check(self) -> None:
+        with torch.no_grad():
+            for softcap in (0.0, 1.0):
+                out, lse = bertkern.attention(
+                    self.q, self.k, self.v, softcap=softcap, return_lse=True
+                )
+                wrong = torch.arange(20) == 5
+                assert torch.equal(out.isnan().all(-1)[0, :, 0], wrong), "out"
+                assert torch.equal(out.isnan().any(-1)[0, :, 0], wrong), "out"
+                assert torch.equal(lse.isnan()[0, 0], wrong), "lse"
+
+
+# The first ones are those that find most.
+CASES: tuple[Callable[[], Case | NanInside], ...] = (
+    lambda: batched("short, causal, dropout", 1, 41, 29, dim=56, causal=True, dropout=True),
+    lambda: batched("long, window, dropout", 2, 75, 71, dim=56, window=(20, 9), dropout=True),
+    lambda: batched(
+        "short, D 80, bias, holes", 3, 37, 50, dim=80, holes=True, bias=(2, 2, 37, 50), batch=2
+    ),
+    lambda: varlen(
+        "varlen, causal",
+        4,
+        [(0, 40), (33, 40), (0, 5), (7, 0), (20, 20), (3, 33), (40, 17)],
+        (70, 41),
+        causal=True,
+    ),
+    lambda: batched(
+        "long, D 96, bias of a head, softcap, dropout",
+        5,
+        50,
+        83,
+        dim=96,
+        bias=(1, 2, 1, 83),
+        bias_dtype=torch.float32,
+        softcap=1.5,
+        dropout=True,
+    ),
+    lambda: batched("long, lengths, holes", 6, 67, 70, batch=3, lengths=[69, 33, 0], holes=True),
+    lambda: batched("whole tiles", 7, 64, 64, heads=(2, 2), dlse=False),
+    lambda: batched("whole tiles, short", 8, 64, 32, heads=(2, 2), dlse=False),
+    lambda: batched(
+        "long, bias of a query, dropout",
+        9,
+        70,
+        64,
+        bias=(2, 1, 70, 1),
+        causal=True,
+        dropout=True,
+    ),
+    lambda: batched("bias of a sequence", 10, 35, 40, bias=(2, 1, 1, 1), bias_dtype=torch.float32),
+    lambda: batched("bool mask, short", 11, 40, 24, bias=(1, 2, 40, 24), bias_dtype=torch.bool),
+    lambda: varlen(
+        "varlen, D 96, window, bias",
+        12,
+        [(20, 90), (70, 20), (16, 64), (0, 0), (65, 65)],
+        (3, 7),
+        dim=96,
+        window=(12, 5),
+        bias=(1, 2),
+        dropout=True,
+    ),
+    lambda: varlen("varlen, all short", 13, [(33, 32), (5, 1), (1, 17)], (40, 36)),
+    # Queries that see nothing, with NaN in q and dout: before the first key, one alone, behind the
+    # last key, one alone there.
+    lambda: batched("causal, left padding", 15, 66, 66, causal=True, holes=True),
+    lambda: batched("causal, one query too many", 16, 46, 45, causal=True),
+    lambda: batched("short, causal, one query too many", 17, 32, 31, causal=True),
+    lambda: batched("window, lengths", 18, 80, 80, window=(11, -1), lengths=[68, 40]),
+    lambda: batched("short, window, lengths", 19, 30, 30, window=(4, 0), lengths=[25, 9]),
+    lambda: batched("short, softcap, scale below 0", 22, 35, 20, softcap=2.0, scale=-0.2),
+    lambda: NanInside(),
+    lambda: batched("lengths beyond the last key", 21, 20, 36, lengths=[50, 36]),
+    # dp and delta are equal, and so is what delta is summed from.
+    lambda: batched(
+        "long, one key each", 20, 40, 40, window=(0, 0), dropout=True, loud=4.0, dlse=False
+    ),
+    lambda: batched("D 8, one row", 14, 1, 1, dim=8, heads=(1, 1)),
+)

@@ -1,0 +1,226 @@
+"""Mutants that compute what the sources compute, and why."""
+
+from dataclasses import dataclass
+
+from .sites import Mutant
+
+
+@dataclass(frozen=True)
+class Equivalent:
+    """Mutants with one argument.
+
+    Attributes:
+        argument: one sentence.
+        file: in csrc/cuda/sm80, or what their names begin with.
+        before: the text that is replaced.
+        afters: what it is replaced by; empty: whatever it is.
+        source: what the line of it has.
+        ordinal: which of several that look the same; 0: all.
+    """
+
+    argument: str
+    file: str
+    before: str
+    afters: tuple[str, ...] = ()
+    source: str = ""
+    ordinal: int = 0
+
+    def is_of(self, mutant: Mutant) -> bool:
+        return (
+            mutant.file.startswith(self.file)
+            and mutant.before == self.before
+            and (not self.afters or mutant.after in self.afters)
+            and self.source in mutant.source
+            and self.ordinal in (0, mutant.ordinal)
+        )
+
+
+def argument_of(mutant: Mutant) -> str | None:
+    """Why the mutant is equivalent, or None."""
+    return next((e.argument for e in EQUIVALENT if e.is_of(mutant)), None)
+
+
+_MORE_TILES = (
+    "More tiles are walked over than some query sees; what is not seen is masked score by score, "
+    "so they add nothing."
+)
+_MORE_TILES_DELTA = (
+    "More tiles than some query sees add nothing; where one becomes two, delta is summed over out "
+    "and dout instead of p and dp, the same sum but for rounding."
+)
+_STRICTER_WHOLE = (
+    "The end is only too large: tiles count as cut that are whole, and are masked score by score "
+    "though nothing is masked."
+)
+_TWICE = (
+    "Both launches compute the sequence: the later one, to which it belongs, overwrites what the "
+    "earlier one wrote, or the same is computed twice."
+)
+_NO_ROWS = "A block behind the last row copies zeros, and no row of it is stored."
+_SAME_GROUP = (
+    "Rows i and i ^ 8 share the keys of dropout; which of the two it is is decided later, by the "
+    "multiplier that kept_scores sets."
+)
+_BROADCAST = "Where a bias is broadcast over it, a block's own index is 0 and there is one."
+_OWN_SCORES = (
+    "A key's row of the tile only enters the key's own scores, and these are chosen 0 where it is "
+    "padding."
+)
+_MASKED_ANYWAY = "Where every score is masked one by one, a tile that is whole keeps them all."
+_CHOSEN_ZERO = (
+    "Nothing is seen there, so p is 0, by choice or as exp2(-Inf); where p is 0 ds is chosen 0, "
+    "whatever dp, lse or delta hold."
+)
+_NOT_STORED = "A row behind the last one is stored nowhere, and its products reach no other row."
+_NOTHING_DROPPED = "With threshold 0 every bit is kept, and the scale is 1."
+
+_NAN_STAYS = "y is NaN where x is, through exp2 and the reciprocal."
+_ZERO_EITHER_WAY = "At equality both sides of the choice are the same."
+_NO_KEYS_LEFT = "The loop inside has no keys left and ends at once."
+_SKIPPED = "What is loaded is skipped below: there is no key, or the segment is not stored."
+
+_ONE_BY_ONE = "A shortcut: the columns are looked at one by one, and none is past the end."
+_STORES_NOTHING = "store_vector stores nothing in columns that do not exist."
+
+_QUERIES, _KEYS, _BIAS = (f"attention_bwd_{x}.cuh" for x in ("queries", "keys", "bias"))
+_FWD, _SCORE = "attention_fwd.cuh", "attention_score.cuh"
+_TABLES = "embedding_layer_norm_tables.cuh"
+_FAR_AWAY = "A side that is 2^30 from the diagonal is as open as one that is 2^30 from 0."
+
+
+def _one(argument: str, file: str, before: str, *afters: str, source: str = "") -> Equivalent:
+    return Equivalent(argument, file, before, afters, source)
+
+
+EQUIVALENT: tuple[Equivalent, ...] = (
+    # Which tiles are walked over.
+    _one(_STRICTER_WHOLE, _FWD, "first_q + Tile::kRows < s.len_q"),
+    _one(_STRICTER_WHOLE, _BIAS, "first_q + Tile::kRows < s.len_q"),
+    _one(
+        _MORE_TILES_DELTA,
+        _QUERIES,
+        "first_q + Tile::kRows < s.len_q",
+        "true",
+        "first_q + Tile::kRows + 1 < s.len_q",
+    ),
+    _one(_STRICTER_WHOLE, _KEYS, "first_k + Tile::kRows < s.len_k"),
+    _one(_STRICTER_WHOLE, _KEYS, "first_q + kQueries < s.len_q"),
+    _one(_MORE_TILES, _FWD, "first_q + s.low > 0", "false"),
+    _one(_MORE_TILES, _FWD, "end_q + s.high < s.len_k", "false"),
+    *(
+        equivalent
+        for argument, file in ((_MORE_TILES, _FWD), (_MORE_TILES_DELTA, _QUERIES))
+        for equivalent in (
+            _one(argument, file, "end_q + s.high < s.len_k", "end_q + s.high + 1 < s.len_k"),
+            _one(argument, file, "end_key > first_key", "true", "end_key >= first_key"),
+        )
+    ),
+    _one(_MORE_TILES, _QUERIES, "first_tile < end_tile", "true", "first_tile <= end_tile"),
+    _one(_MORE_TILES, _KEYS, "first_k - s.high < 0", "first_k - s.high + 1 < 0"),
+    _one(_MORE_TILES, _KEYS, "last_query > first_query", "true", "last_query >= first_query"),
+    _one(_MORE_TILES, _BIAS, "first_q >= s.len_q"),
+    _one(_MORE_TILES, _BIAS, "first_k >= s.len_k"),
+    _one(_MORE_TILES, _BIAS, "first_k > end_q - 1 + s.high"),
+    _one(_MORE_TILES, _BIAS, "first_k + kKeys - 1 < first_q + s.low"),
+    _one(_NO_ROWS, _FWD, "first_q >= s.len_q"),
+    _one(_NO_ROWS, _KEYS, "first_k >= s.len_k", "first_k > s.len_k"),
+    _one(
+        _TWICE,
+        "attention_bwd",
+        "s.len_k < a.least_keys",
+        "false",
+        "s.len_k + 1 < a.least_keys",
+    ),
+    _one(_TWICE, _KEYS, "s.len_k > a.most_keys", "false"),
+    # Masks that others make up for.
+    _one(_MASKED_ANYWAY, "attention", "end_k <= s.len_k", "end_k < s.len_k"),
+    _one(
+        _MASKED_ANYWAY,
+        _SCORE,
+        "first_k >= end_q - 1 + s.low",
+        "first_k > end_q - 1 + s.low",
+    ),
+    _one(
+        _MASKED_ANYWAY,
+        _SCORE,
+        "end_k - 1 <= first_q + s.high",
+        "end_k - 1 < first_q + s.high",
+    ),
+    *(
+        _one(_MASKED_ANYWAY, "attention", f"sees_all(s, kept, {given})", "false")
+        for given in (
+            "first_q, end_q, first_k, first_k + kKeys",
+            "first_q, end_q, first_k, first_k + Tile::kRows",
+        )
+    ),
+    Equivalent(_OWN_SCORES, _BIAS, "kept", ("nullptr",)),
+    Equivalent(_OWN_SCORES, _FWD, "kept", ("nullptr",), ordinal=1),
+    Equivalent(_OWN_SCORES, _QUERIES, "kept", ("nullptr",), ordinal=2),
+    Equivalent(_OWN_SCORES, _KEYS, "kept", ("nullptr",), ordinal=2),
+    _one(_CHOSEN_ZERO, _QUERIES, "row_lse != -kInfinity", "true"),
+    _one(_CHOSEN_ZERO, _QUERIES, "lse[half] != kInfinity", "true"),
+    _one(_CHOSEN_ZERO, "attention_bwd", "score != -kInfinity", "true"),
+    _one(_CHOSEN_ZERO, "attention_bwd", "!seen", "false"),
+    _one(_CHOSEN_ZERO, _KEYS, "s.high < 0", "s.high <= 0"),
+    _one(_NOT_STORED, _QUERIES, "i < s.len_q", "true", "i <= s.len_q", source="rows[r].set("),
+    _one(
+        "The last query is read where it is, or in its place.",
+        _QUERIES,
+        "i < s.len_q",
+        "i + 1 < s.len_q",
+        source="const int inside",
+    ),
+    _one("One wait and one barrier more.", _QUERIES, "tile > first_tile"),
+    # Options.
+    _one(_BROADCAST, _BIAS, "a.bias_sizes[0] == 1", "false", source="int first_sequence"),
+    _one(_BROADCAST, _BIAS, "a.bias_sizes[1] == 1", "false", source="int first_head"),
+    *(
+        _one(_FAR_AWAY, _SCORE, f"a.window_{side} == kNoWindow", "false")
+        for side in ("left", "right")
+    ),
+    *(
+        _one(_SAME_GROUP, "attention", row, f"{row} ^ 8u")
+        for row in (
+            "static_cast<uint32_t>(first_q + row + g)",
+            "static_cast<uint32_t>(i)",
+            "static_cast<uint32_t>(first_q + row + 16 * r + g)",
+        )
+    ),
+    Equivalent(_NOTHING_DROPPED, _FWD, "a.dropout_threshold != 0", ("true",), ordinal=2),
+    Equivalent(
+        _NOTHING_DROPPED,
+        _QUERIES,
+        "a.dropout_threshold != 0",
+        ("true",),
+        source="if (kVariant",
+        ordinal=1,
+    ),
+    _one("Held anew from the same tile.", _KEYS, "step == 0", "true"),
+    _one(
+        "The greatest score of an empty row is -Inf, and so is what is added to it.",
+        _FWD,
+        "total == 0.0f",
+        "false",
+        source="lse[i]",
+    ),
+    # Functions.
+    _one(
+        "Only rounding: the logarithm of 1 is 6e-8 instead of 0, far below what 16-bit scores err.",
+        _SCORE,
+        "f.value > 1.41421356f",
+    ),
+    _one(_ZERO_EITHER_WAY, _SCORE, "x < 0.0f", "x <= 0.0f"),
+    _one(_NAN_STAYS, _SCORE, "x != x", "false", source="-y"),
+    # LayerNorm and embeddings.
+    _one(_ONE_BY_ONE, "layer_norm_row.cuh", "column + kVector <= cols"),
+    _one(_ZERO_EITHER_WAY, "layer_norm_row.cuh", "variance < 0.0f", "variance <= 0.0f"),
+    _one(_ZERO_EITHER_WAY, "embedding_layer_norm_row.cuh", "id < 0", "id <= 0"),
+    _one(_ZERO_EITHER_WAY, "embedding_layer_norm_row.cuh", "id < size", "id + 1 < size"),
+    _one(_NO_KEYS_LEFT, _TABLES, "start < last", "start <= last"),
+    _one(_NO_KEYS_LEFT, _TABLES, "start + batch < last", "start + batch <= last"),
+    _one(_SKIPPED, _TABLES, "key[u] != a.padding_row", "true", source="wanted"),
+    _one(_SKIPPED, _TABLES, "key[u] >= 0", "true", source="wanted"),
+    _one(_SKIPPED, _TABLES, "wanted", "true"),
+    _one(_STORES_NOTHING, _TABLES, "column < a.cols", "column <= a.cols", source="for ("),
+    _one(_STORES_NOTHING, _TABLES, "!inside", "false"),
+)
