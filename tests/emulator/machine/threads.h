@@ -94,7 +94,6 @@ class Machine {
   // Of the thread that runs.
   Thread& running() { return *running_; }
   const Grid& grid() const { return grid_; }
-  Random& random() { return random_; }
   Regions& regions() { return regions_; }
   Pool& pool() { return pool_; }
   bool finds_races() const { return find_races_; }

@@ -1,5 +1,6 @@
 #include "machine/watch.h"
 
+#include <algorithm>
 #include <string>
 
 #include "machine/places.h"
@@ -20,15 +21,11 @@ bool on_own_stack(uintptr_t address) { return address - own_stack.first < own_st
 [[noreturn]] void fail(uintptr_t address, size_t bytes, const Act& act, const std::string& what) {
   Machine& machine = Machine::get();
   const bool copy = act.kind == Kind::kCopy;
-  machine.fail(name_of(machine.running()) +
-               (copy        ? " copies "
-                : act.write ? " writes "
-                            : " reads ") +
-               std::to_string(bytes) + (bytes == 1 ? " byte " : " bytes ") +
-               (copy        ? (act.write ? "to " : "from ")
-                : act.write ? "to "
-                            : "of ") +
-               machine.describe(address) + " at " + where(place_of(act.place)) + ": " + what);
+  const char* does = copy ? " copies " : act.write ? " writes " : " reads ";
+  const char* towards = act.write ? "to " : copy ? "from " : "of ";
+  machine.fail(name_of(machine.running()) + does + std::to_string(bytes) +
+               (bytes == 1 ? " byte " : " bytes ") + towards + machine.describe(address) + " at " +
+               where(place_of(act.place)) + ": " + what);
 }
 
 [[noreturn]] void out_of_bounds(uintptr_t address, size_t bytes, const Act& act) {
