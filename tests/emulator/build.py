@@ -73,7 +73,7 @@ def _accepts(*flags: str) -> bool:
 
 
 @functools.cache
-def _kernel_flags() -> tuple[str, ...]:
+def kernel_flags() -> tuple[str, ...]:
     extra = [f for f in GCC_KERNELS if _accepts("-Werror", f)]
     for flags in (GCC_NO_ENTRIES, CLANG_NO_ENTRIES):
         if _accepts("-fsanitize=thread", *flags):
@@ -89,7 +89,7 @@ def _hash_of(path: str) -> str:
         return "absent"
 
 
-def _compile(source: Path, flags: tuple[str, ...]) -> Path:
+def compile_unit(source: Path, flags: tuple[str, ...]) -> Path:
     """An object, compiled anew unless its command and all that it was made from are the same.
 
     A record beside it holds the contents' hashes: times of files say nothing in a fresh checkout.
@@ -155,13 +155,13 @@ def build(
     includes = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
     units = [(path, MACHINE) for path in sorted((HERE / "machine").glob("*.cpp"))]
     if kernels:
-        units += [(path, _kernel_flags()) for path in kernels]
+        units += [(path, kernel_flags()) for path in kernels]
     else:
         # What talks to the CUDA runtime itself (device.cu) has a counterpart in module.cpp.
         sources = [
             p for p in sorted((CSRC / "cuda").glob("*.cu")) if "#include <cu" not in p.read_text()
         ]
-        units += [(path, _kernel_flags()) for path in sources]
+        units += [(path, kernel_flags()) for path in sources]
         units.append((CSRC / "cuda" / "bindings.cpp", (*BINDINGS, *includes)))
     units.append((module or HERE / "module.cpp", (*BINDINGS, *includes)))
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def build(
         fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one test run share the build
         slowest_first = sorted(units, key=lambda u: (u[0].suffix != ".cu", -u[0].stat().st_size))
         with ThreadPoolExecutor(JOBS) as pool:
-            objects = list(pool.map(lambda unit: _compile(*unit), slowest_first))
+            objects = list(pool.map(lambda unit: compile_unit(*unit), slowest_first))
         contents = "".join(_hash_of(str(path)) for path in objects)
         key = hashlib.sha256(contents.encode()).hexdigest()[:16]
         folder = BUILD / f"{name}-{key}"

@@ -9,7 +9,6 @@ tables of instantiations, then what the emulator is made of.
 import fcntl
 import hashlib
 import re
-import subprocess
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,22 +79,19 @@ def module_of(mutants: Sequence[Mutant]) -> Path:
         _write(FOLDER / "cuda" / "sm80" / file, with_choices(text, numbered))
     python = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
     overlaid = ("-Og", "-w", f"-I{FOLDER}", f"-I{OVERLAY}")
-    # The machine first: of functions of the standard library that kernels' sources use, too, it
-    # must have those whose accesses are not watched.
     units = [(path, build.MACHINE) for path in sorted((build.HERE / "machine").glob("*.cpp"))]
     units.append((OVERLAY / "mutant.cpp", build.MACHINE))
     for path in (build.HERE / "module.cpp", build.CSRC / "cuda" / "bindings.cpp"):
         units.append((path, (*build.MACHINE, *python)))
-    kernels = (*build._kernel_flags(), *overlaid)
+    kernels = (*build.kernel_flags(), *overlaid)
     units += [(build.CSRC / "cuda" / f"{unit}.cu", kernels) for unit in UNITS]
     with open(build.BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        objects = [build._compile(*unit) for unit in units]
+        objects = [build.compile_unit(*unit) for unit in units]
         contents = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in objects)
         key = hashlib.sha256(contents.encode()).hexdigest()[:16]
         target = FOLDER / key / "_emulated.so"
         if not target.exists():
             target.parent.mkdir(exist_ok=True)
-            command = [build.compiler(), "-shared", "-o", str(target), *map(str, objects), "-ldl"]
-            subprocess.run(command, check=True)
+            build.link(objects, target)
     return target
