@@ -12,12 +12,12 @@ inline void bind_machine(pybind11::module_& m) {
   using pybind11::literals::operator""_a;
   m.def(
       "configure",
-      [](uint64_t seed, int resident_blocks, bool find_races) {
-        Machine::get().configure(seed, resident_blocks, find_races);
+      [](uint64_t seed, int resident_blocks, bool find_races, int capability) {
+        Machine::get().configure(seed, resident_blocks, find_races, capability);
       },
-      "seed"_a, "resident_blocks"_a = 2, "find_races"_a = true,
-      "Chooses the order in which threads run and copies arrive, and how many blocks run at the "
-      "same time.");
+      "seed"_a, "resident_blocks"_a = 2, "find_races"_a = true, "capability"_a = 80,
+      "Chooses the order in which threads run and copies arrive, how many blocks run at the same "
+      "time, one on each multiprocessor, and the compute capability that launches ask for.");
   m.def(
       "register_memory",
       [](uintptr_t address, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,

@@ -5,8 +5,7 @@ the backend, tells the machine of every tensor whose address they take, and fill
 they ask torch for with NaN. Everything is as before afterwards.
 
 What it cannot show: registers and spills, bank conflicts and speed; how tensor cores round a sum,
-and how far the special-function unit is off; values that blocks hand to each other without a
-launch between them, which is always a race here; accesses that the host's compiler removes or the
+and how far the special-function unit is off; accesses that the host's compiler removes or the
 device's adds.
 """
 
@@ -147,16 +146,21 @@ def _place(tensor: Tensor) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def emulated(seed: int, resident_blocks: int = 2, find_races: bool = True) -> Iterator[None]:
+def emulated(
+    seed: int, resident_blocks: int = 2, find_races: bool = True, capability: int = 80
+) -> Iterator[None]:
     """Inside, bertkern.backend("cuda") computes on CPU tensors.
 
     Args:
         seed: of the order in which threads run and copies arrive.
-        resident_blocks: how many blocks of a grid run at the same time.
+        resident_blocks: how many blocks of a grid run at the same time: multiprocessors.
         find_races: whether accesses are compared with those of other threads.
+        capability: of the device, 10 times its major number and its minor one.
     """
     machine = module()
-    machine.configure(seed=seed, resident_blocks=resident_blocks, find_races=find_races)
+    machine.configure(
+        seed=seed, resident_blocks=resident_blocks, find_races=find_races, capability=capability
+    )
     memory = _Memory(machine)
     usable = _backend.unusable
 

@@ -6,6 +6,8 @@
 namespace bertkern::cuda {
 
 int device_count(std::string&) { return 1; }
+int capability(int) { return emulator::Machine::get().capability(); }
+int multiprocessors(int) { return emulator::Machine::get().resident_blocks(); }
 
 }  // namespace bertkern::cuda
 

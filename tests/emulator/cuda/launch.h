@@ -13,6 +13,7 @@ struct Launch {
   int64_t blocks;
   int threads;
   int shared_bytes;
+  int cluster = 1;  // blocks
 };
 
 struct DeviceGuard {
@@ -29,7 +30,7 @@ __attribute__((no_sanitize("thread"))) void enter_kernel(void (*kernel)(), const
 template <typename Arguments>
 void launch(void (*kernel)(Arguments), const Launch& shape, const Arguments& arguments, void*,
             const char* what) {
-  emulator::run_grid({shape.blocks, shape.threads, shape.shared_bytes, what},
+  emulator::run_grid({shape.blocks, shape.threads, shape.shared_bytes, shape.cluster, what},
                      &enter_kernel<Arguments>, reinterpret_cast<void (*)()>(kernel), &arguments);
 }
 

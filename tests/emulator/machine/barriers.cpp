@@ -27,14 +27,16 @@ bool arrive(Barrier& barrier, int expected, const char* what, const void* place)
   return ++barrier.arrived == expected;
 }
 
-void learn(Clock& clock, const BlockClock& known) {
-  clock.block = known;
+// What a thread knows now that it has told the others all that it knew.
+void learn(Clock& clock, const Knowledge& known) {
+  clock.cluster = known.cluster;
+  clock.beyond = known.beyond;
   clock.warp.reset();
 }
 
 // The barrier is complete: those who wait know what all who came knew.
-BlockClock open(Barrier& barrier) {
-  const BlockClock known = barrier.known.take();
+Knowledge open(Barrier& barrier) {
+  const Knowledge known = barrier.known.take();
   for (Thread* thread : barrier.waiting) {
     learn(thread->clock, known);
     Machine::get().wake(*thread);

@@ -12,62 +12,117 @@ void raise(Into& into, const From& from, size_t first) {
   }
 }
 
+// What a thread did itself, into the components of its cluster or warp, which begin at `first`.
+template <typename Into>
+void raise_own(Into& into, const Clock& clock, size_t first) {
+  for (int k = 0; k < kKinds; ++k) {
+    const auto kind = static_cast<Kind>(k);
+    const int whose = kind == Kind::kProduct ? clock.first_lane() : clock.thread;
+    uint32_t& known = into[static_cast<size_t>(component(whose, kind)) - first];
+    known = std::max(known, clock.at(kind));
+  }
+}
+
+ClusterClock together(const ClusterClock& a, const ClusterClock& b) {
+  Vector both = *a;
+  raise(both, *b, 0);
+  return std::make_shared<const Vector>(std::move(both));
+}
+
 }  // namespace
 
-void Gathering::start(int threads) {
-  components_.assign(static_cast<size_t>(threads) * kKinds, 0);
-  last_block_.reset();
+Beyond together(const Beyond& a, const Beyond& b) {
+  if (a == b || b == nullptr) return a;
+  if (a == nullptr) return b;
+  auto both = std::make_shared<std::map<uint32_t, ClusterClock>>(*a);
+  for (const auto& [cluster, known] : *b) {
+    ClusterClock& before = (*both)[cluster];
+    before = before == nullptr || before == known ? known : together(before, known);
+  }
+  return both;
+}
+
+void Gathering::start(size_t components) {
+  components_.assign(components, 0);
+  beyond_.reset();
+  last_cluster_.reset();
   last_warp_.reset();
 }
 
 void Gathering::add(Clock& clock) {
-  if (clock.block != last_block_) {
-    raise(components_, *clock.block, 0);
-    last_block_ = clock.block;
+  if (clock.cluster != last_cluster_) {
+    raise(components_, *clock.cluster, 0);
+    last_cluster_ = clock.cluster;
   }
   if (clock.warp != nullptr && clock.warp != last_warp_) {
-    raise(components_, *clock.warp, clock.thread / kWarpThreads * kWarpComponents);
+    raise(components_, *clock.warp, static_cast<size_t>(clock.first_lane()) * kKinds);
     last_warp_ = clock.warp;
   }
-  components_[component(clock.thread, Kind::kOwn)] = clock.now++;
-  components_[component(clock.thread, Kind::kCopy)] = clock.copied;
+  if (clock.beyond != beyond_) beyond_ = together(beyond_, clock.beyond);
+  raise_own(components_, clock, 0);
+  ++clock.at(Kind::kOwn);
 }
 
-BlockClock Gathering::take() {
-  auto taken = std::make_shared<const std::vector<uint32_t>>(components_);
-  start(static_cast<int>(components_.size()) / kKinds);
+void Gathering::add(const Knowledge& more) {
+  if (more.cluster == nullptr) return;
+  raise(components_, *more.cluster, 0);
+  beyond_ = together(beyond_, more.beyond);
+}
+
+Knowledge Gathering::look() { return {std::make_shared<const Vector>(components_), beyond_}; }
+
+Knowledge Gathering::take() {
+  Knowledge taken = look();
+  start(components_.size());
   return taken;
+}
+
+void learn(Clock& clock, const Knowledge& knowledge, Learned& learned) {
+  clock.beyond = together(clock.beyond, knowledge.beyond);
+  if (knowledge.cluster == nullptr || clock.cluster == knowledge.cluster) return;
+  for (const auto& [before, after] : learned) {
+    if (before == clock.cluster) {
+      clock.cluster = after;
+      return;
+    }
+  }
+  const ClusterClock before = clock.cluster;
+  clock.cluster = together(before, knowledge.cluster);
+  learned.emplace_back(before, clock.cluster);
 }
 
 void join_warp(const std::array<Clock*, kWarpThreads>& clocks) {
   std::array<uint32_t, kWarpComponents> known = {};
   WarpClock last_warp;
-  bool same_block = true;
+  bool same_cluster = true;
+  Beyond beyond = clocks[0]->beyond;
   for (Clock* clock : clocks) {
     if (clock->warp != nullptr && clock->warp != last_warp) {
       raise(known, *clock->warp, 0);
       last_warp = clock->warp;
     }
-    same_block = same_block && clock->block == clocks[0]->block;
+    same_cluster = same_cluster && clock->cluster == clocks[0]->cluster;
+    beyond = together(beyond, clock->beyond);
   }
-  BlockClock block = clocks[0]->block;
-  if (!same_block) {
-    std::vector<uint32_t> together = *block;
-    BlockClock last_block = block;
+  ClusterClock cluster = clocks[0]->cluster;
+  if (!same_cluster) {
+    Vector together = *cluster;
+    ClusterClock last = cluster;
     for (Clock* clock : clocks) {
-      if (clock->block == last_block) continue;
-      raise(together, *clock->block, 0);
-      last_block = clock->block;
+      if (clock->cluster == last) continue;
+      raise(together, *clock->cluster, 0);
+      last = clock->cluster;
     }
-    block = std::make_shared<const std::vector<uint32_t>>(std::move(together));
+    cluster = std::make_shared<const Vector>(std::move(together));
   }
-  for (int lane = 0; lane < kWarpThreads; ++lane) {
-    known[component(lane, Kind::kOwn)] = clocks[lane]->now++;
-    known[component(lane, Kind::kCopy)] = clocks[lane]->copied;
+  for (Clock* clock : clocks) {
+    raise_own(known, *clock, static_cast<size_t>(clocks[0]->first_lane()) * kKinds);
+    ++clock->at(Kind::kOwn);
   }
   const auto warp = std::make_shared<const std::array<uint32_t, kWarpComponents>>(known);
   for (Clock* clock : clocks) {
-    clock->block = block;
+    clock->cluster = cluster;
+    clock->beyond = beyond;
     clock->warp = warp;
   }
 }

@@ -8,8 +8,9 @@
 namespace bertkern::emulator {
 namespace {
 
-Act own_act(bool write, const void* place) {
-  return {write, Kind::kOwn, Machine::get().running().clock.now, place};
+Act copy_act(bool write, const void* place) {
+  const Thread& thread = Machine::get().running();
+  return {write, component(thread.clock.thread, Kind::kCopy), thread.copies.group(), place};
 }
 
 }  // namespace
@@ -32,12 +33,12 @@ void copy_async_16(void* shared, const void* global, bool valid) {
   const void* place = __builtin_return_address(0);
   Words4 value = {};
   if (valid) {
-    touch_global_16(global, {false, Kind::kCopy, copies.group(), place});
+    touch_global_16(global, copy_act(false, place));
     std::memcpy(&value, global, sizeof(value));
   } else {
-    check_global_16(global, place);
+    check_global_16(global, copy_act(false, place));
   }
-  touch_shared_16(shared, {true, Kind::kCopy, copies.group(), place});
+  touch_shared_16(shared, copy_act(true, place));
   copies.start(static_cast<char*>(shared), value, place_of(place));
   machine.yield();
 }
@@ -46,7 +47,7 @@ void copy_async_commit() { Machine::get().running().copies.commit(); }
 
 void copy_async_wait(int pending) {
   Thread& thread = Machine::get().running();
-  thread.clock.copied = thread.copies.wait(pending);
+  thread.clock.at(Kind::kCopy) = thread.copies.wait(pending);
 }
 
 }  // namespace bertkern::emulator

@@ -28,6 +28,20 @@ const char* name_of(Wait wait) {
       return "load_matrix";
     case Wait::kMma:
       return "mma_16x8x16";
+    case Wait::kStoreMatrix:
+      return "store_matrix";
+    case Wait::kElectOne:
+      return "elect_one";
+    case Wait::kPhase:
+      return "barrier_wait";
+    case Wait::kCluster:
+      return "cluster_wait";
+    case Wait::kProduct:
+      return "wgmma";
+    case Wait::kRegisters:
+      return "set_registers";
+    case Wait::kSpin:
+      return "a loop that waits for a change";
     case Wait::kEnded:
       return "its end";
   }
@@ -85,7 +99,7 @@ std::string Machine::stuck() const {
   using Group = std::tuple<int, Wait, int, const void*>;
   std::map<Group, std::vector<const Thread*>> groups;
   for (const Block& block : blocks_) {
-    if (!block.running) continue;
+    if (!block.cluster->running) continue;
     for (const Thread& thread : block.threads) {
       const bool ended = thread.wait == Wait::kEnded;
       groups[{block.index, thread.wait, ended ? 0 : thread.detail, ended ? nullptr : thread.place}]
@@ -102,6 +116,7 @@ std::string Machine::stuck() const {
     }
     text += std::string(threads.size() == 1 ? " waits" : " wait") + " at " + name_of(wait);
     if (wait == Wait::kNamedBarrier) text += " " + std::to_string(detail);
+    if (wait == Wait::kPhase) text += " of parity " + std::to_string(detail);
     text += ", " + where(place_of(place));
   }
   return text;

@@ -5,21 +5,23 @@
 namespace bertkern::emulator {
 namespace {
 
-bool is_before(const Access& earlier, const Access& access, const Clock& clock) {
-  return earlier.block == access.block && clock.knows(earlier.component, earlier.time);
-}
-
 bool covers(const Access& access, const Access& earlier) {
   return (earlier.mask & ~access.mask) == 0;
 }
 
+bool same_thread(const Access& a, const Access& b) {
+  return a.component == b.component && a.cluster == b.cluster;
+}
+
 // The access of a list that races with `access`; those that it makes superfluous are forgotten.
-const Access* pass(Accesses& list, const Access& access, const Clock& clock, bool forget) {
+template <typename Order>
+const Access* pass(Accesses& list, const Access& access, const Order& order, bool forget) {
   for (uint32_t i = 0; i < list.count;) {
     Access& earlier = list.first[i];
     if ((earlier.mask & access.mask) != 0) {
-      if (!is_before(earlier, access, clock)) return &earlier;
-      if (forget && covers(access, earlier)) {
+      const bool before = order.has_before(earlier);
+      if (!before && !(earlier.atomic && access.atomic)) return &earlier;
+      if (forget && before && covers(access, earlier)) {
         earlier = list.first[--list.count];
         continue;
       }
@@ -41,12 +43,13 @@ void append(Accesses& list, const Access& access, Pool& pool) {
 }
 
 // Reads do not race with each other, so most of them need no look at those before.
-void append_read(Accesses& list, const Access& access, const Clock& clock, Pool& pool) {
+template <typename Order>
+void append_read(Accesses& list, const Access& access, const Order& order, Pool& pool) {
   if (list.count != 0) {
     Access& last = list.first[list.count - 1];
-    if (last.component == access.component && last.block == access.block) {
+    if (same_thread(last, access)) {
       if (last.time == access.time && covers(last, access)) return;
-      if (covers(access, last) && is_before(last, access, clock)) {
+      if (covers(access, last) && order.has_before(last)) {
         last = access;
         return;
       }
@@ -55,7 +58,7 @@ void append_read(Accesses& list, const Access& access, const Clock& clock, Pool&
   if (list.count == list.room) {
     for (uint32_t i = 0; i < list.count;) {
       const Access& earlier = list.first[i];
-      if (covers(access, earlier) && is_before(earlier, access, clock)) {
+      if (same_thread(earlier, access) && covers(access, earlier) && order.has_before(earlier)) {
         list.first[i] = list.first[--list.count];
       } else {
         ++i;
@@ -87,16 +90,21 @@ void Pool::reset() {
   used_ = kChunk;
 }
 
-std::optional<Race> touch(Cell& cell, const Access& access, bool write, const Clock& clock,
+template <typename Order>
+std::optional<Race> touch(Cell& cell, const Access& access, bool write, const Order& order,
                           Pool& pool) {
-  if (const Access* race = pass(cell.writes, access, clock, write)) return Race{*race, true};
+  if (const Access* race = pass(cell.writes, access, order, write)) return Race{*race, true};
   if (!write) {
-    append_read(cell.reads, access, clock, pool);
+    append_read(cell.reads, access, order, pool);
     return std::nullopt;
   }
-  if (const Access* race = pass(cell.reads, access, clock, true)) return Race{*race, false};
+  if (const Access* race = pass(cell.reads, access, order, true)) return Race{*race, false};
   append(cell.writes, access, pool);
   return std::nullopt;
 }
+
+template std::optional<Race> touch(Cell&, const Access&, bool, const ThreadOrder&, Pool&);
+template std::optional<Race> touch(Cell&, const Access&, bool, const EngineOrder&, Pool&);
+template std::optional<Race> touch(Cell&, const Access&, bool, const ProductOrder&, Pool&);
 
 }  // namespace bertkern::emulator

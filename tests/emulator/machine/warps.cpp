@@ -137,7 +137,7 @@ Words4 load_matrix(const void* row, int matrices, bool transposed) {
   const void* place = __builtin_return_address(0);
   thread.address = row;
   if (thread.lane < 8 * matrices) {
-    touch_shared_16(row, {false, Kind::kOwn, thread.clock.now, place});
+    touch_shared_16(row, own_act(false, place));
   }
   if (gather(Wait::kLoadMatrix, 2 * matrices + (transposed ? 1 : 0), place)) {
     Thread* lanes = thread.warp->lanes;
@@ -154,6 +154,40 @@ Words4 load_matrix(const void* row, int matrices, bool transposed) {
     release(thread);
   }
   return thread.words;
+}
+
+void store_matrix(void* row, Words4 words, bool transposed) {
+  Thread& thread = Machine::get().running();
+  const void* place = __builtin_return_address(0);
+  thread.address = row;
+  thread.words = words;
+  touch_shared_16(row, own_act(true, place));
+  if (!gather(Wait::kStoreMatrix, transposed ? 1 : 0, place)) return;
+  Thread* lanes = thread.warp->lanes;
+  for (int m = 0; m < 4; ++m) {
+    uint16_t element[8][8];
+    for (int lane = 0; lane < kWarpThreads; ++lane) {
+      const int g = lane / 4, t = 2 * (lane % 4);
+      const uint32_t word = lanes[lane].words.word[m];
+      (transposed ? element[t][g] : element[g][t]) = static_cast<uint16_t>(word);
+      (transposed ? element[t + 1][g] : element[g][t + 1]) = static_cast<uint16_t>(word >> 16);
+    }
+    for (int r = 0; r < 8; ++r) {
+      std::memcpy(const_cast<void*>(lanes[8 * m + r].address), element[r], 16);
+    }
+  }
+  release(thread);
+}
+
+bool elect_one() {
+  Thread& thread = Machine::get().running();
+  if (gather(Wait::kElectOne, 0, __builtin_return_address(0))) {
+    Thread* lanes = thread.warp->lanes;
+    const uint32_t elected = Machine::get().random().below(kWarpThreads);
+    for (uint32_t i = 0; i < kWarpThreads; ++i) lanes[i].words.word[2] = i == elected ? 1 : 0;
+    release(thread);
+  }
+  return thread.words.word[2] != 0;
 }
 
 Accumulators mma_16x8x16(Accumulators d, Words4 a, Words2 b, Format format) {

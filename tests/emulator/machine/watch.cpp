@@ -4,6 +4,7 @@
 #include <string>
 
 #include "machine/places.h"
+#include "machine/shared.h"
 #include "machine/threads.h"
 
 namespace bertkern::emulator {
@@ -18,14 +19,22 @@ thread_local Stack own_stack __attribute__((tls_model("initial-exec"))) = {0, UI
 
 bool on_own_stack(uintptr_t address) { return address - own_stack.first < own_stack.bytes; }
 
+Kind kind_of(int component, const Clock& clock) {
+  // What counts on a barrier is written by the copy engine.
+  if (component >= clock.threads * kKinds) return Kind::kStoreWritten;
+  return static_cast<Kind>(component % kKinds);
+}
+
 [[noreturn]] void fail(uintptr_t address, size_t bytes, const Act& act, const std::string& what) {
   Machine& machine = Machine::get();
-  const bool copy = act.kind == Kind::kCopy;
-  const char* does = copy ? " copies " : act.write ? " writes " : " reads ";
+  const Kind kind = kind_of(act.component, machine.running().clock);
+  const bool copy = kind != Kind::kOwn && kind != Kind::kProduct;
+  const std::string does = copy ? "copies " : act.write ? "writes " : "reads ";
   const char* towards = act.write ? "to " : copy ? "from " : "of ";
-  machine.fail(name_of(machine.running()) + does + std::to_string(bytes) +
-               (bytes == 1 ? " byte " : " bytes ") + towards + machine.describe(address) + " at " +
-               where(place_of(act.place)) + ": " + what);
+  fail_at(does + std::to_string(bytes) + (bytes == 1 ? " byte " : " bytes ") + towards +
+              machine.describe(address) +
+              (kind == Kind::kProduct ? " for a product" : act.atomic ? " in one step" : ""),
+          act.place, what);
 }
 
 [[noreturn]] void out_of_bounds(uintptr_t address, size_t bytes, const Act& act) {
@@ -36,19 +45,45 @@ bool on_own_stack(uintptr_t address) { return address - own_stack.first < own_st
   fail(address, bytes, act, "not aligned to " + std::to_string(bytes) + " bytes");
 }
 
-[[noreturn]] void race(uintptr_t address, size_t bytes, const Act& act, const Race& race) {
-  const Access& earlier = race.earlier;
-  const bool copy = earlier.component % kKinds == static_cast<int>(Kind::kCopy);
-  fail(address, bytes, act,
-       std::string("a race on them with ") + (copy ? "a copy of " : "") + "thread " +
-           std::to_string(earlier.component / kKinds) + " of block " +
-           std::to_string(earlier.block) +
-           (race.wrote ? ", which writes there at " : ", which reads there at ") +
-           where(earlier.place) + ", and nothing orders the two");
+// Whose access it was: "thread 3 of block 0", "a copy of thread 3 of block 0".
+std::string name_of(const Access& access) {
+  const Machine& machine = Machine::get();
+  const int threads = machine.grid().threads, size = machine.grid().cluster;
+  const std::string block = " of block ";
+  const int first_block = static_cast<int>(access.cluster) * size;
+  const int barrier = access.component - threads * size * kKinds;
+  if (barrier >= 0) {
+    return "a load that counts on a barrier" + block +
+           std::to_string(first_block + barrier / kBarriersOfBlock);
+  }
+  const int thread = access.component / kKinds;
+  const std::string name = std::to_string(thread % threads) + block +
+                           std::to_string(first_block + thread / threads);
+  switch (static_cast<Kind>(access.component % kKinds)) {
+    case Kind::kOwn:
+      return "thread " + name;
+    case Kind::kCopy:
+      return "a copy of thread " + name;
+    case Kind::kProduct:
+      return "a product of the warp of thread " + name;
+    default:
+      return "a store of thread " + name;
+  }
 }
 
+[[noreturn]] void race(uintptr_t address, size_t bytes, const Act& act, const Race& race) {
+  fail(address, bytes, act,
+       "a race on them with " + name_of(race.earlier) +
+           (race.wrote ? ", which writes there at " : ", which reads there at ") +
+           where(race.earlier.place) + ", and nothing orders the two");
+}
+
+ThreadOrder order_of(const Thread& thread) { return {thread.clock, thread.block->cluster->index}; }
+
 // Bytes of one cell.
-inline void touch_cell(Cell& cell, uint32_t mask, uintptr_t address, size_t bytes, const Act& act) {
+template <typename Order>
+inline void touch_cell(Cell& cell, uint32_t mask, uintptr_t address, size_t bytes, const Act& act,
+                       const Order& order) {
   Machine& machine = Machine::get();
   if (act.write) {
     cell.written |= static_cast<uint16_t>(mask);
@@ -56,22 +91,37 @@ inline void touch_cell(Cell& cell, uint32_t mask, uintptr_t address, size_t byte
     fail(address, bytes, act, "nobody has written all of them");
   }
   if (!machine.finds_races()) return;
-  Thread& thread = machine.running();
-  const Access access{static_cast<uint32_t>(thread.block->index), act.time,
-                      static_cast<uint16_t>(component(thread.index, act.kind)),
-                      static_cast<uint16_t>(mask), place_of(act.place)};
-  const auto found = touch(cell, access, act.write, thread.clock, machine.pool());
+  const Access access{machine.running().block->cluster->index,
+                      act.time,
+                      static_cast<uint16_t>(act.component),
+                      static_cast<uint16_t>(mask),
+                      place_of(act.place) & 0x7FFFFFFFu,
+                      act.atomic ? 1u : 0u};
+  const auto found = touch(cell, access, act.write, order, machine.pool());
   if (found) race(address, bytes, act, *found);
 }
+inline void touch_cell(Cell& cell, uint32_t mask, uintptr_t address, size_t bytes, const Act& act) {
+  touch_cell(cell, mask, address, bytes, act, order_of(Machine::get().running()));
+}
 
-// The cell of bytes that lie in one; null where they are not memory of the running thread.
+uint32_t mask_of(uintptr_t address, size_t bytes) {
+  return ((1u << bytes) - 1) << address % kCellBytes;
+}
+
+// The cell of bytes that lie in one; null where they are not shared memory of the block.
+Cell* shared_cell(Block& block, uintptr_t address, size_t bytes) {
+  const auto size = static_cast<uintptr_t>(Machine::get().grid().shared_bytes);
+  const uintptr_t offset = address - reinterpret_cast<uintptr_t>(block.shared);
+  return offset < size && offset + bytes <= size ? &block.cells[offset / kCellBytes] : nullptr;
+}
+
+// The same; null where they are not memory of the running thread.
 inline Cell* find_cell(uintptr_t address, size_t bytes, uint32_t mask) {
   Machine& machine = Machine::get();
   Block& block = *machine.running().block;
   const uintptr_t offset = address - reinterpret_cast<uintptr_t>(block.shared);
   if (offset < static_cast<uintptr_t>(machine.grid().shared_bytes)) {
-    const bool inside = offset + bytes <= static_cast<uintptr_t>(machine.grid().shared_bytes);
-    return inside ? &block.cells[offset / kCellBytes] : nullptr;
+    return shared_cell(block, address, bytes);
   }
   Cell* cell = machine.regions().find(address);
   return cell != nullptr && (mask & ~cell->valid) == 0 ? cell : nullptr;
@@ -80,7 +130,7 @@ inline Cell* find_cell(uintptr_t address, size_t bytes, uint32_t mask) {
 void touch_bytes(uintptr_t address, size_t bytes, const Act& act) {
   for (uintptr_t at = address; at < address + bytes;) {
     const uintptr_t end = std::min(address + bytes, (at / kCellBytes + 1) * kCellBytes);
-    const uint32_t mask = ((1u << (end - at)) - 1) << at % kCellBytes;
+    const uint32_t mask = mask_of(at, end - at);
     Cell* cell = find_cell(at, end - at, mask);
     if (cell != nullptr) {
       touch_cell(*cell, mask, at, end - at, act);
@@ -95,7 +145,7 @@ void touch_bytes(uintptr_t address, size_t bytes, const Act& act) {
 
 template <size_t kBytes, bool kWrite>
 __attribute__((noinline)) void touch_aligned(uintptr_t address, const void* place) {
-  const Act act{kWrite, Kind::kOwn, Machine::get().running().clock.now, place};
+  const Act act = own_act(kWrite, place);
   constexpr uint32_t kMask = (1u << kBytes) - 1;
   if (address % kBytes == 0) {
     const uint32_t mask = kMask << address % kCellBytes;
@@ -113,7 +163,7 @@ __attribute__((noinline)) void touch_aligned(uintptr_t address, const void* plac
 
 __attribute__((noinline)) void touch_range(uintptr_t address, size_t bytes, bool write,
                                            const void* place) {
-  touch_bytes(address, bytes, {write, Kind::kOwn, Machine::get().running().clock.now, place});
+  touch_bytes(address, bytes, own_act(write, place));
 }
 
 template <size_t kBytes, bool kWrite>
@@ -143,17 +193,23 @@ void watch_thread(const char* stack, size_t bytes) {
 }
 void watch_nothing() { own_stack = {0, UINTPTR_MAX}; }
 
+Act own_act(bool write, const void* place) {
+  const Clock& clock = Machine::get().running().clock;
+  return {write, component(clock.thread, Kind::kOwn), clock.now(), place};
+}
+
+void fail_at(const std::string& does, const void* place, const std::string& what) {
+  Machine& machine = Machine::get();
+  machine.fail(name_of(machine.running()) + " " + does + " at " + where(place_of(place)) + ": " +
+               what);
+}
+
 void touch_shared_16(const void* pointer, const Act& act) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
-  Machine& machine = Machine::get();
-  Block& block = *machine.running().block;
-  const uintptr_t offset = address - reinterpret_cast<uintptr_t>(block.shared);
-  if (offset + kCellBytes > static_cast<uintptr_t>(machine.grid().shared_bytes) ||
-      offset > static_cast<uintptr_t>(machine.grid().shared_bytes)) {
-    out_of_bounds(address, kCellBytes, act);
-  }
+  Cell* cell = shared_cell(*Machine::get().running().block, address, kCellBytes);
+  if (cell == nullptr) out_of_bounds(address, kCellBytes, act);
   if (address % kCellBytes != 0) misaligned(address, kCellBytes, act);
-  touch_cell(block.cells[offset / kCellBytes], kWholeCell, address, kCellBytes, act);
+  touch_cell(*cell, kWholeCell, address, kCellBytes, act);
 }
 
 namespace {
@@ -172,8 +228,53 @@ void touch_global_16(const void* pointer, const Act& act) {
   touch_cell(global_cell(address, act), kWholeCell, address, kCellBytes, act);
 }
 
-void check_global_16(const void* pointer, const void* place) {
-  global_cell(reinterpret_cast<uintptr_t>(pointer), {false, Kind::kCopy, 0, place});
+void check_global_16(const void* pointer, const Act& act) {
+  global_cell(reinterpret_cast<uintptr_t>(pointer), act);
+}
+
+void touch_engine_shared(Block& block, uintptr_t address, size_t bytes, const Act& act) {
+  const Thread& thread = Machine::get().running();
+  Cell* cell = shared_cell(block, address, bytes);
+  if (cell == nullptr) out_of_bounds(address, bytes, act);
+  const EngineOrder order{order_of(thread), &block != thread.block};
+  touch_cell(*cell, mask_of(address, bytes), address, bytes, act, order);
+}
+
+void touch_engine_global(uintptr_t address, size_t bytes, const Act& act) {
+  const uint32_t mask = mask_of(address, bytes);
+  Cell* cell = Machine::get().regions().find(address);
+  if (cell == nullptr || (mask & ~cell->valid) != 0) out_of_bounds(address, bytes, act);
+  const EngineOrder order{order_of(Machine::get().running()), true};
+  touch_cell(*cell, mask, address, bytes, act, order);
+}
+
+void touch_product(Block& block, uintptr_t address, const Act& act, const ProductOrder& order) {
+  Cell* cell = shared_cell(block, address, kCellBytes);
+  if (cell == nullptr) out_of_bounds(address, kCellBytes, act);
+  touch_cell(*cell, kWholeCell, address, kCellBytes, act, order);
+}
+
+void touch_cluster(Block& block, uintptr_t address, size_t bytes, const Act& act) {
+  Cell* cell = shared_cell(block, address, bytes);
+  if (cell == nullptr) out_of_bounds(address, bytes, act);
+  if (address % bytes != 0) misaligned(address, bytes, act);
+  touch_cell(*cell, mask_of(address, bytes), address, bytes, act);
+}
+
+void touch_shared_8(const void* pointer, bool write, const void* place) {
+  touch_cluster(*Machine::get().running().block, reinterpret_cast<uintptr_t>(pointer),
+                sizeof(uint64_t), own_act(write, place));
+}
+
+void touch_word(const int* pointer, bool write, const void* place) {
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  Act act = own_act(write, place);
+  act.atomic = true;
+  const uint32_t mask = mask_of(address, sizeof(int));
+  Cell* cell = Machine::get().regions().find(address);
+  if (address % sizeof(int) != 0) misaligned(address, sizeof(int), act);
+  if (cell == nullptr || (mask & ~cell->valid) != 0) out_of_bounds(address, sizeof(int), act);
+  touch_cell(*cell, mask, address, sizeof(int), act);
 }
 
 }  // namespace bertkern::emulator

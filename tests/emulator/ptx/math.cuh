@@ -23,6 +23,11 @@ BERTKERN_DEVICE float max(float a, float b) {
   return b > a ? b : a;
 }
 
+BERTKERN_DEVICE float max_nan(float a, float b) {
+  if (a != a || b != b) return __builtin_nanf("");
+  return b > a ? b : a;
+}
+
 BERTKERN_DEVICE float fma(float a, float b, float c) { return std::fma(a, b, c); }
 
 }  // namespace bertkern::ptx

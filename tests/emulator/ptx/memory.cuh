@@ -19,6 +19,10 @@ using emulator::Words4;
 
 BERTKERN_DEVICE char* shared_memory() { return emulator::shared_memory(); }
 
+BERTKERN_DEVICE uint32_t shared_address(const void* address) {
+  return emulator::shared_address(address);
+}
+
 BERTKERN_DEVICE Words4 load_global_16(const void* address) {
   return emulator::load_global_16(address);
 }
