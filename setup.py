@@ -60,9 +60,12 @@ SOURCES = (
 BINDINGS = ("bindings.cpp", "cuda/bindings.cpp")
 CUDA_SOURCES = (
     "cuda/attention.cu",
+    "cuda/attention_bwd_sm90.cu",
+    "cuda/attention_sm90.cu",
     "cuda/embedding_layer_norm.cu",
     "cuda/layer_norm.cu",
     "cuda/device.cu",
+    "cuda/tensor_map.cu",
 )
 
 LEAST_CUDA = (12, 4)
@@ -72,6 +75,8 @@ CUDA_TARGETS = {
     "sm_90a": "arch=compute_90a,code=sm_90a",
     "compute_90 (PTX)": "arch=compute_90,code=compute_90",
 }
+# wgmma and setmaxnreg are instructions of sm_90a alone.
+HOPPER_SOURCES = ("cuda/attention_bwd_sm90.cu", "cuda/attention_sm90.cu")
 
 
 class Missing(Exception):
@@ -250,7 +255,8 @@ class BuildExtension(build_ext):
         return self._compile(command, CSRC / source, self.objects / f"{name}.o")
 
     def _compile_cuda(self, cuda: CudaToolkit, source: str) -> Path:
-        targets = [flag for target in CUDA_TARGETS.values() for flag in ("-gencode", target)]
+        targets = ["sm_90a"] if source in HOPPER_SOURCES else CUDA_TARGETS
+        targets = [flag for name in targets for flag in ("-gencode", CUDA_TARGETS[name])]
         command = [
             *(str(cuda.nvcc), "-std=c++17", "-O3", "--expt-relaxed-constexpr", "--threads", "2"),
             *("-Xptxas", "-v", "-ccbin", self.compiler_command[0]),

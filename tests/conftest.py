@@ -33,23 +33,41 @@ def device() -> str:
     return DEVICE
 
 
-@pytest.fixture(params=_backend.BACKENDS)
+def pytest_generate_tests(metafunc) -> None:
+    """The values of the fixture `backend`. Where it computes on the emulator, "cuda" comes once for
+    each of the module's CUDA_CAPABILITIES: 80, unless ops have kernels of their own for others."""
+    if "backend" not in metafunc.fixturenames:
+        return
+    capabilities = getattr(metafunc.module, "CUDA_CAPABILITIES", (80,))
+    others = capabilities[1:] if DEVICE == "cpu" else ()
+    metafunc.parametrize(
+        "backend",
+        [
+            *(pytest.param((name, capabilities[0]), id=name) for name in _backend.BACKENDS),
+            *(pytest.param(("cuda", other), id=f"cuda_sm{other}") for other in others),
+        ],
+        indirect=True,
+    )
+
+
+@pytest.fixture
 def backend(request):
     """Every backend; skipped, with the reason, where it cannot be used on this machine.
 
     Without a GPU the CUDA kernels run on the emulator, their threads in an order that the test's
     name chooses.
     """
-    reason = _backend.unusable(request.param, DEVICE)
+    name, capability = request.param
+    reason = _backend.unusable(name, DEVICE)
     with contextlib.ExitStack() as stack:
-        if request.param == "cuda" and DEVICE == "cpu":
+        if name == "cuda" and DEVICE == "cpu":
             reason = emulated.unusable()
             if reason is None:
                 seed = zlib.crc32(request.node.nodeid.encode())
-                stack.enter_context(emulated.emulated(seed))
+                stack.enter_context(emulated.emulated(seed, capability=capability))
         if reason is not None:
-            pytest.skip(f"backend {request.param}: {reason}")
-        yield request.param
+            pytest.skip(f"backend {name}: {reason}")
+        yield name
 
 
 @pytest.fixture

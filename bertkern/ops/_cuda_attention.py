@@ -140,6 +140,8 @@ def attention_bwd(
     """(dq, dk, dv, dbias), contiguous; dbias only if bias_grad, the last of the options. The same
     bits from run to run: no atomics, sums in one order."""
     *options_of_both, bias_grad = options
+    if 0 in dout.stride():  # as from a sum: the copy engine cannot reach rows on top of each other
+        dout = dout.contiguous()
     keys = None if key_padding_mask is None else key_padding_mask.contiguous()
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()

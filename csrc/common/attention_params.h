@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "common/shared_tile.h"
+
 namespace bertkern {
 
 // A tensor [B, S, H, D] or [T, H, D] on the device by its strides in elements; the last one is 1.
@@ -33,6 +35,7 @@ struct AttentionKernelArguments {
   void* dbias;              // contiguous [bias_sizes]
   int bias_sizes[4];
   int batch, heads, key_heads, head_dim;
+  int group;                 // heads / key_heads: heads of q that read one of k and v
   int seqlen_q, seqlen_k;    // of the batched layout; in varlen the longest
   int64_t total_q, total_k;  // rows of q and of k in varlen
   // Sequences of least_keys to most_keys keys are this launch's; others are another's.
@@ -74,12 +77,88 @@ struct AttentionTile {
 constexpr int kAttentionMaxHeadDim = 128;
 constexpr int kAttentionSharedLimit = 99 * 1024;  // what every device from sm_80 on has
 
+// Tiles of the kernels for Hopper. Each of kWarpgroups warpgroups owns 64 rows; kColumns are walked
+// over at a time, in kStages of shared memory; one warpgroup more has the copies made. Rows of
+// shared memory are cut into parts of one span of the swizzle.
+template <int kHeadDim_, int kWarpgroups_, int kColumns_, int kStages_,
+          Swizzle kSwizzle_ = kHeadDim_ % 64 == 0 ? Swizzle::k128 : Swizzle::k64>
+struct WarpgroupTile {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kWarpgroups = kWarpgroups_;
+  static constexpr int kColumns = kColumns_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kRows = 64 * kWarpgroups;
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  static constexpr Swizzle kSwizzle = kSwizzle_;
+  static constexpr int kSpanBytes = swizzle_span(kSwizzle);
+  static constexpr int kSpan = kSpanBytes / 2;  // columns of a part
+  static constexpr int kParts = kHeadDim / kSpan;
+  static constexpr int kRowsBytes = kRows * kHeadDim * 2;
+  static constexpr int kColumnsBytes = kColumns * kHeadDim * 2;
+  // Of a thread, by setmaxnreg: 64 K registers in all.
+  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 152 : kWarpgroups == 2 ? 232 : 248;
+  static constexpr int kProducerRegisters = kWarpgroups == 3 ? 56 : 40;
+  static_assert(kWarpgroups >= 1 && kWarpgroups <= 3, "registers for one to three");
+  static_assert(kHeadDim % 32 == 0, "a part is 32 or 64 columns");
+  static_assert(kColumns % 32 == 0 && kColumns <= 256, "wgmma's N, and rows of a box");
+};
+
+constexpr int kHopperSharedLimit = 227 * 1024;  // what a block can have on sm_90
+
+// By padded head dim (docs/roofline.md). Rows are queries (Fwd, BwdQueries) or keys (BwdShort,
+// BwdKeys). At 64 columns the tiles of BwdShort have two parts, so that each warpgroup has one of
+// dq.
+template <int kHeadDim>
+struct HopperAttentionTiles;
+template <>
+struct HopperAttentionTiles<32> {
+  using Fwd = WarpgroupTile<32, 2, 128, 4>;
+  using FwdGeneral = Fwd;
+  using BwdShort = WarpgroupTile<32, 2, 64, 2>;
+  using BwdShortGeneral = BwdShort;
+  using BwdKeys = WarpgroupTile<32, 2, 128, 2>;
+  using BwdKeysGeneral = BwdKeys;
+  using BwdQueries = WarpgroupTile<32, 2, 128, 2>;
+};
+template <>
+struct HopperAttentionTiles<64> {
+  using Fwd = WarpgroupTile<64, 2, 128, 4>;
+  using FwdGeneral = WarpgroupTile<64, 2, 64, 8>;  // 128 keys would spill
+  using BwdShort = WarpgroupTile<64, 2, 64, 2, Swizzle::k64>;
+  using BwdShortGeneral = BwdShort;
+  using BwdKeys = WarpgroupTile<64, 2, 64, 2>;
+  using BwdKeysGeneral = BwdKeys;
+  using BwdQueries = WarpgroupTile<64, 2, 128, 2>;
+};
+template <>
+struct HopperAttentionTiles<96> {
+  using Fwd = WarpgroupTile<96, 2, 128, 3>;
+  using FwdGeneral = WarpgroupTile<96, 2, 64, 6>;
+  using BwdShort = WarpgroupTile<96, 2, 64, 2>;
+  using BwdShortGeneral = BwdShort;
+  using BwdKeys = WarpgroupTile<96, 2, 64, 2>;
+  using BwdKeysGeneral = BwdKeys;
+  using BwdQueries = WarpgroupTile<96, 2, 64, 2>;
+};
+template <>
+struct HopperAttentionTiles<128> {
+  using Fwd = WarpgroupTile<128, 2, 128, 2>;
+  using FwdGeneral = WarpgroupTile<128, 2, 64, 4>;
+  using BwdShort = WarpgroupTile<128, 2, 64, 2>;
+  using BwdShortGeneral = void;  // would spill: BwdKeys and BwdQueries do it
+  using BwdKeys = WarpgroupTile<128, 2, 64, 2>;
+  using BwdKeysGeneral = WarpgroupTile<128, 2, 32, 2>;
+  using BwdQueries = WarpgroupTile<128, 2, 64, 2>;
+};
+
 // The tiles, by padded head dim. Rows are queries (fwd, bwd_queries, bwd_bias) or keys (bwd_keys).
 // Not measured on a device yet; chosen to fit 99 KB of shared memory and 255 registers.
+// Hopper: those of the kernels in sm90/.
 template <int kHeadDim>
 struct AttentionTiles;
 template <>
 struct AttentionTiles<32> {
+  using Hopper = HopperAttentionTiles<32>;
   using Fwd = AttentionTile<32, 8, 1, 64>;
   using FwdGeneral = Fwd;
   using BwdShort = AttentionTile<32, 8, 1, 64>;
@@ -89,6 +168,7 @@ struct AttentionTiles<32> {
 };
 template <>
 struct AttentionTiles<64> {
+  using Hopper = HopperAttentionTiles<64>;
   using Fwd = AttentionTile<64, 4, 2, 64>;
   using FwdGeneral = AttentionTile<64, 4, 2, 32>;  // 64 keys would spill
   using BwdShort = AttentionTile<64, 8, 1, 32>;
@@ -98,6 +178,7 @@ struct AttentionTiles<64> {
 };
 template <>
 struct AttentionTiles<96> {
+  using Hopper = HopperAttentionTiles<96>;
   using Fwd = AttentionTile<96, 8, 1, 64>;
   using FwdGeneral = Fwd;
   using BwdShort = AttentionTile<96, 8, 1, 16>;
@@ -107,6 +188,7 @@ struct AttentionTiles<96> {
 };
 template <>
 struct AttentionTiles<128> {
+  using Hopper = HopperAttentionTiles<128>;
   using Fwd = AttentionTile<128, 8, 1, 64>;
   using FwdGeneral = Fwd;
   using BwdShort = AttentionTile<128, 8, 1, 16>;

@@ -58,15 +58,20 @@ BERTKERN_HOST_DEVICE constexpr DropoutRow dropout_row(DropoutStream stream, uint
           (row & 8u) ? kHashMulC : kHashMulB};
 }
 
-// Both halves of the hash of one column group: the low 16 bits are for the column with bit 3 clear,
-// the high 16 bits for the column with bit 3 set. `group` may be a vector of uint32.
+// What the elements of a row group and a column group share. `group` may be a vector of uint32.
 template <typename U>
-BERTKERN_HOST_DEVICE constexpr U dropout_pair(DropoutRow row, U group) {
+BERTKERN_HOST_DEVICE constexpr U dropout_state(DropoutRow row, U group) {
   U x = group * kHashAdd + row.a;
   x ^= x >> 16;
   x *= kHashMulA;
-  x = x ^ (x >> 15) ^ row.b;
-  U y = x * row.multiplier;
+  return x ^ (x >> 15) ^ row.b;
+}
+
+// Both halves of the hash of one column group: the low 16 bits are for the column with bit 3 clear,
+// the high 16 bits for the column with bit 3 set.
+template <typename U>
+BERTKERN_HOST_DEVICE constexpr U dropout_pair(DropoutRow row, U group) {
+  U y = dropout_state(row, group) * row.multiplier;
   y ^= y >> 16;
   return y;
 }

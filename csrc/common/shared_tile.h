@@ -69,7 +69,9 @@ BERTKERN_HOST_DEVICE constexpr MatrixDescriptor matrix_descriptor(uint32_t addre
 // are 32 bytes on in a row of a K-major tile (the swizzle applies to the address that results), and
 // 16 rows on in a transposed one.
 BERTKERN_HOST_DEVICE constexpr MatrixDescriptor advance(MatrixDescriptor descriptor, int bytes) {
-  return {descriptor.bits + static_cast<uint64_t>(bytes >> 4)};
+  // No carry leaves the address, so the upper half stays the constant that it is.
+  const uint32_t low = static_cast<uint32_t>(descriptor.bits) + static_cast<uint32_t>(bytes >> 4);
+  return {(descriptor.bits & 0xFFFFFFFF00000000u) | low};
 }
 
 }  // namespace bertkern

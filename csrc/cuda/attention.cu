@@ -1,5 +1,6 @@
-// CUDA attention: argument checks, launch. The kernels are in sm80/, what is compiled of them is
-// named in attention_table.h.
+// CUDA attention: argument checks, choice of the kernels, launch of those in sm80/;
+// attention_sm90.cu launches those in sm90/. What is compiled of sm80's is named in
+// attention_table.h.
 #include <algorithm>
 #include <climits>
 #include <stdexcept>
@@ -8,7 +9,9 @@
 #include <utility>
 
 #include "cuda/attention.h"
+#include "cuda/attention_sm90.h"
 #include "cuda/attention_table.h"
+#include "cuda/device.h"
 #include "cuda/launch.h"
 #include "cuda/sm80/attention_bwd_bias.cuh"
 #include "cuda/sm80/attention_bwd_keys.cuh"
@@ -109,6 +112,9 @@ void attention_fwd(const AttentionKernelArguments& a, DType dtype, int device, v
   check(a, dtype);
   if (a.heads == 0 || sequences(a) == 0) return;
   const DeviceGuard guard(device);
+  if (capability(device) == 90 && attention_fwd_suits_sm90(a)) {
+    return attention_fwd_sm90(a, dtype, multiprocessors(device), stream);
+  }
   with_tiles(dtype, a.head_dim, [&](auto type, auto tiles) {
     using T = decltype(type);
     with_variant(a, [&](auto variant) {
@@ -129,8 +135,12 @@ void attention_bwd(const AttentionKernelArguments& a, DType dtype, int device, v
   with_tiles(dtype, a.head_dim, [&](auto type, auto tiles) {
     using T = decltype(type);
     using Tiles = decltype(tiles);
-    with_variant(a,
-                 [&](auto variant) { launch_bwd<T, Tiles, decltype(variant)::value>(a, stream); });
+    if (capability(device) == 90 && attention_bwd_suits_sm90(a)) {
+      attention_bwd_sm90(a, dtype, stream);
+    } else {
+      with_variant(
+          a, [&](auto variant) { launch_bwd<T, Tiles, decltype(variant)::value>(a, stream); });
+    }
     const int64_t elements =
         static_cast<int64_t>(a.bias_sizes[0]) * a.bias_sizes[1] * a.bias_sizes[2] * a.bias_sizes[3];
     if (a.dbias == nullptr || elements == 0) return;

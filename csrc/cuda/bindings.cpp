@@ -180,6 +180,7 @@ AttentionKernelArguments cuda_attention_arguments(
   a.batch = static_cast<int>(batch);
   a.heads = static_cast<int>(heads);
   a.key_heads = static_cast<int>(key_heads);
+  a.group = key_heads > 0 ? static_cast<int>(heads / key_heads) : 0;
   a.head_dim = static_cast<int>(head_dim);
   a.seqlen_q = static_cast<int>(seqlen_q);
   a.seqlen_k = static_cast<int>(seqlen_k);

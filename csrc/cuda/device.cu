@@ -1,9 +1,19 @@
-// CUDA devices: how many the runtime inside this module can use, or why none.
+// CUDA devices: how many the runtime inside this module can use, or why none; what they are.
 #include <cuda_runtime.h>
 
-#include "device.h"
+#include "cuda/device.h"
+#include "cuda/launch.h"
 
 namespace bertkern::cuda {
+namespace {
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+}  // namespace
 
 int device_count(std::string& reason) {
   int driver = 0, runtime = 0, count = 0;
@@ -39,5 +49,12 @@ int device_count(std::string& reason) {
   }
   return count;
 }
+
+int capability(int device) {
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+         attribute(cudaDevAttrComputeCapabilityMinor, device);
+}
+
+int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
 
 }  // namespace bertkern::cuda

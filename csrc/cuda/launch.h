@@ -9,11 +9,13 @@
 
 namespace bertkern::cuda {
 
-// What a launch needs, computed in plain C++.
+// What a launch needs, computed in plain C++. `blocks` is a multiple of `cluster`, the blocks that
+// run at the same time and reach each other's shared memory.
 struct Launch {
   int64_t blocks;
   int threads;
   int shared_bytes;
+  int cluster = 1;
 };
 
 inline void check(cudaError_t error, const char* what) {
@@ -54,9 +56,23 @@ void launch(void (*kernel)(Arguments), const Launch& shape, const Arguments& arg
                                shape.shared_bytes),
           what);
   }
-  kernel<<<static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.threads),
-           static_cast<size_t>(shape.shared_bytes), static_cast<cudaStream_t>(stream)>>>(arguments);
-  check(cudaGetLastError(), what);
+  if (shape.cluster == 1) {
+    kernel<<<static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.threads),
+             static_cast<size_t>(shape.shared_bytes), static_cast<cudaStream_t>(stream)>>>(
+        arguments);
+    return check(cudaGetLastError(), what);
+  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(shape.blocks);
+  config.blockDim = static_cast<unsigned>(shape.threads);
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, arguments), what);
 }
 
 }  // namespace bertkern::cuda

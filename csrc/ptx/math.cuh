@@ -42,6 +42,13 @@ BERTKERN_DEVICE float max(float a, float b) {
   return c;
 }
 
+// max.NaN.f32: the greater; NaN if one of them is.
+BERTKERN_DEVICE float max_nan(float a, float b) {
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}
+
 // fma.rn.f32: a · b + c, rounded once.
 BERTKERN_DEVICE float fma(float a, float b, float c) {
   float d;

@@ -4,8 +4,9 @@ A kernel's loop holds code that most turns jump over: the mask of a tile at the 
 that are off, rows past the end. Counting all of it says little about the time of a turn. So a turn
 is counted along one way: of all ways from the loop's head back to it, those that pass the most
 `wanted` instructions (the products, the copies, what an option is there for), and of these the one
-with the fewest instructions. A loop inside the turn counts as often as its constant bounds say
-(loop_trips.py), and once where they are not constant.
+with the fewest instructions; ways through `shunned` ones only where there is no other. A loop
+inside the turn counts as often as its constant bounds say (loop_trips.py), and once where they are
+not constant.
 
 Loops are natural loops: an edge from u to v closes one when every way to u leads through v
 (Lengauer & Tarjan 1979 for the terms; dominators by the iteration of Cooper, Harvey & Kennedy
@@ -173,18 +174,20 @@ class Paths:
                 return None
         return loop_trips.trips(before, turn, closing.guard, leaves)
 
-    def turn(self, wanted):
+    def turn(self, wanted, shunned=lambda _: False, least=1 / 2):
         """(instructions of one turn of the main loop, whether there is a loop, and how many
         instructions stand in all of it).
 
         The main loop is the smallest of those that hold the most wanted instructions and have no
-        constant number of turns. Where more of them stand outside it the kernel is passed once,
-        from its start to its end.
+        constant number of turns. Where less than `least` of them stand in it the kernel is passed
+        once, from its start to its end. Before anything else a way avoids `shunned` instructions:
+        wanted ones may stand beside what few turns do.
         """
-        own = {}
+        own, avoided = {}, {}
         for node in self.order:
             code, often = self.graph[node].code, self.often[node]
             own[node] = often * sum(map(wanted, code)), -often * len(code)
+            avoided[node] = -often * sum(map(shunned, code))
 
         def total(nodes):
             return tuple(map(sum, zip(*(own[n] for n in nodes), strict=True)))
@@ -192,23 +195,24 @@ class Paths:
         whole = set(self.order)
         open_ended = {head: body for head, body in self.loops.items() if self.trips[head] is None}
         head, body = max(open_ended.items(), key=lambda loop: total(loop[1]), default=(0, whole))
-        is_loop = bool(open_ended) and 2 * total(body)[0] >= total(whole)[0]
+        is_loop = bool(open_ended) and total(body)[0] >= least * total(whole)[0]
         if is_loop:
             ends = {n for n in body if (n, head) in self.back}
         else:
             head, body = 0, whole
             ends = {n for n in whole if self.graph[n].code[-1].name == "EXIT"}
         size = sum(len(self.graph[node].code) for node in body)
-        return self._way(head, body, ends, own), is_loop, size
+        worth = {node: (avoided[node], *own[node]) for node in body}
+        return self._way(head, body, ends, worth), is_loop, size
 
-    def _way(self, head, body, ends, own):
-        """The instructions on the best way from `head` to one of `ends`."""
+    def _way(self, head, body, ends, worth):
+        """The instructions on the way of most worth from `head` to one of `ends`."""
         best, came_from = {}, {head: None}
         for node in self.order:
             if node not in body or node not in came_from:
                 continue
-            most, cost = best.get(came_from[node], (0, 0))
-            best[node] = (most + own[node][0], cost + own[node][1])
+            before = best.get(came_from[node], (0, 0, 0))
+            best[node] = tuple(map(sum, zip(before, worth[node], strict=True)))
             for s in self.graph[node].successors:
                 if s not in body or (node, s) in self.back:
                     continue

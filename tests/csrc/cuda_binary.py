@@ -6,6 +6,7 @@ wheel), one cubin for each source and target, and read by two processes.
 
 import ctypes
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -49,10 +50,12 @@ class Missing(Exception):
 
 
 class Name(NamedTuple):
-    """A kernel: its function and its template arguments as they stand in the source."""
+    """A kernel: its function, its template arguments as they stand in the source, and the folder of
+    csrc/cuda, a namespace, too, that it is defined in."""
 
     function: str
     arguments: tuple
+    room: str = "sm80"
 
     def __str__(self):
         return f"{self.function}<{', '.join(self.arguments)}>" if self.arguments else self.function
@@ -65,7 +68,9 @@ class Name(NamedTuple):
 
 
 class Code(NamedTuple):
-    """What a kernel became for one target. `turn`: of Paths.turn, `spare` without dropout."""
+    """What a kernel became for one target. `turn`: of Paths.turn, `spare` without dropout;
+    `setmaxnreg`: the registers of a thread that it asks for, in rising order; `serial`: products of
+    wgmma that are waited for alone, see serial_products."""
 
     name: Name
     target: str
@@ -77,6 +82,8 @@ class Code(NamedTuple):
     spare: list
     is_loop: bool
     loop_size: int
+    setmaxnreg: tuple = ()
+    serial: int = 0
 
     @property
     def arch(self):
@@ -117,21 +124,26 @@ def demangled(symbol):
 def name_of(symbol):
     """The Name in a kernel's symbol, alike for nvcc and for the host's compiler."""
     text = demangled(symbol)
-    found = re.fullmatch(r"(?:void )?bertkern::sm\d+::(\w+?)(?:_kernel)?(?:<(.*)>)?\(.*\)", text)
+    found = re.fullmatch(r"(?:void )?bertkern::(sm\d+)::(\w+?)(?:_kernel)?(?:<(.*)>)?\(.*\)", text)
     if found is None:
         return Name(text, ())
-    arguments = re.split(r", (?![^<]*>)", found.group(2)) if found.group(2) else []
+    room, function, arguments = found.groups(default="")
+    arguments = re.split(r", (?![^<]*>)", arguments) if arguments else []
     for pattern, short in TYPES.items():
         arguments = [short if re.fullmatch(pattern, a) else a for a in arguments]
-    return Name(found.group(1), tuple(a.replace("bertkern::", "").strip() for a in arguments))
+    # A swizzle's value is its span in bytes.
+    arguments = (re.sub(r"\(bertkern::Swizzle\)|bertkern::", "", a).strip() for a in arguments)
+    return Name(function, tuple(arguments), room)
 
 
 def wanted(name, dropout):
     """How much an instruction is wanted on a turn's way; see code_paths.
 
     Attention: the products, the copies of the tile after, the lse and delta of its queries; in the
-    dropout variant the draws, in the general one a bias in the tensors' dtype. LayerNorm: whole
-    vectors, all operands that are optional, dropout on or (`dropout` False) off. Else: loads.
+    dropout variant the draws, in the general one a bias in the tensors' dtype. On Hopper, where one
+    warp has the copies made for all others: the products, which also say which of the kernel's
+    loops it is, and the signals that a tile is used up. LayerNorm: whole vectors, all operands that
+    are optional, dropout on or (`dropout` False) off. Else: loads.
     """
     draws = "dropout" in name.arguments or (dropout and "layer_norm" in name.function)
     biased = "general" in name.arguments or name.function == "attention_bwd_bias"
@@ -143,12 +155,49 @@ def wanted(name, dropout):
         if "attention" in name.function:
             if biased and i.mnemonic == "LDG.E.U16":
                 return 2
-            return i.name in ("HMMA", "HGMMA", "LDGSTS") or i.mnemonic == "LDG.E"
+            if name.room == "sm90":
+                shape = re.fullmatch(r"HGMMA\.64x(\d+)x16\..*", i.mnemonic)
+                return int(shape.group(1)) if shape else i.mnemonic.startswith("SYNCS.ARRIVE")
+            return i.name in ("HMMA", "LDGSTS") or i.mnemonic == "LDG.E"
         if tiled:
             return i.mnemonic in ("LDG.E.128", "STG.E.128")
         return i.name == "LDG"
 
     return of
+
+
+def shunned(name):
+    """What a turn's way leaves out where it can; see code_paths. Hopper's forward goes from tile to
+    tile in one loop: where queries end it stores their output and asks shared memory for the
+    next."""
+    ends = name.room == "sm90" and name.function == "attention_fwd"
+    return lambda i: ends and i.name in ("LDS", "STS", "LDSM", "STSM", "STG")
+
+
+def serial_products(code):
+    """How many products of wgmma ptxas has run one by one.
+
+    Where registers of a running product may be touched it gives up on letting products run: it ends
+    a group ("gsb0") with each, waits for it, and says so in its log (C7508 and up, "wgmma.mma_async
+    instructions are serialized"). Every product of the kernels is several instructions that add to
+    the same registers, so a group of one is none of theirs.
+    """
+    ends = [True, *("gsb" in i.operands for i in code if i.name == "HGMMA")]
+    return sum(before and end for before, end in itertools.pairwise(ends))
+
+
+def running(turn):
+    """Of each instruction of a loop's turn, whether a product of wgmma that the warpgroup started
+    runs while it passes."""
+    committed, started, found = 0, False, []
+    for i in [*turn, *turn]:  # products may be waited for in the turn after
+        if i.name == "HGMMA":
+            started = "gsb" not in i.operands
+            committed += not started
+        elif i.mnemonic.startswith("WARPGROUP.DEPBAR"):
+            committed = min(committed, int(i.operands.rpartition("0x")[2], 16))
+        found.append(started or committed > 0)
+    return found[len(turn) :]
 
 
 def read_cubin(tool, path, target):
@@ -178,13 +227,18 @@ def _code(symbol, target, resources, text):
     name, code = name_of(symbol), sass.instructions(text)
     usage = {key: int(number) for key, number in re.findall(r"(\w+):(\d+)", resources)}
     paths = Paths(code)
-    turn, is_loop, size = paths.turn(wanted(name, dropout=True))
+    # ptxas may take the first and the last turn of a loop apart: it then holds a third of all.
+    turn, is_loop, size = paths.turn(
+        wanted(name, dropout=True), shunned(name), 1 / 4 if name.room == "sm90" else 1 / 2
+    )
     spare = paths.turn(wanted(name, dropout=False))[0] if "layer_norm" in name.function else turn
     # For sm_90 cuobjdump counts the 1024 bytes that the system takes of each CTA.
     static = usage["SHARED"] - (1024 if target.startswith("sm_9") else 0)
+    dealt = (int(i.operands.rpartition("0x")[2], 16) for i in code if i.name == "USETMAXREG")
     return Code(
         *(name, target, usage["REG"], usage["STACK"], static),
         *(Counter(i.mnemonic for i in code), turn, spare, is_loop, size),
+        *(tuple(sorted(dealt)), serial_products(code)),
     )
 
 

@@ -13,22 +13,26 @@ HEAD = """\
 # What the CUDA C++ kernels become
 
 Written by `make sass` (tests/csrc/cuda_gate.py) from the machine code in `bertkern._C`, as ptxas
-{version} of CUDA made it; do not edit it. {kernels} kernels: {instantiations} instantiations, each
-for {targets}. {spills}
+{version} of CUDA made it; do not edit it. {kernels} kernels: {instantiations} instantiations, those
+of csrc/cuda/sm80 for {sm80_targets}, those of csrc/cuda/sm90 for
+{sm90_targets} alone. {spills} {serial}
 
 ## How to read it
 Nothing here is timed: the figures are read from the code, without a GPU.
 
 **A kernel's resources.**
 - **instantiation**: types, tile and variant as in the source. `AttentionTile<head dim, warps, row
-  tiles of 16 a warp, columns walked over at a time>`: `plain` has causal, window, lengths and
-  padding, `dropout` that and dropout, `general` bias, cap and any scale, too; `attention_bwd_short`
-  is `attention_bwd_keys<..., true>`. `NormTile<vectors of 8 elements a thread, whether a row takes
-  the whole block>`.
+  tiles of 16 a warp, columns walked over at a time>`; `WarpgroupTile<head dim, warpgroups of 64
+  rows, columns walked over at a time, stages, bytes of the swizzle's span>`. `plain` has causal,
+  window, lengths and padding, `dropout` that and dropout, `general` bias, cap and any scale, too;
+  `attention_bwd_short` is `attention_bwd_keys<..., true>`. `NormTile<vectors of 8 elements a
+  thread, whether a row takes the whole block>`.
 - **sm**: the target. **threads** of a CTA, **regs** of a thread (of 255), **spill** bytes of stack;
   all must be 0. **shared**: bytes that the launch code asks for, for LayerNorm at the widest row
   that the tile takes. No kernel has static shared memory. At most {limit} bytes, so that the tiles
-  fit Ada and GA10x, too.
+  fit Ada and GA10x, too; on Hopper {hopper_limit}, all that a CTA can have.
+- **setmaxnreg**: registers of a thread, in the warpgroup that has the copies made / in those that
+  compute; **regs** are then those that a thread has at the start.
 - **CTAs**: how many an SM holds, by registers / shared memory / threads; **warps**: of 64, what the
   least of the three leaves. An SM of sm_80 has {sm80},
   of sm_90 {sm90}.
@@ -39,14 +43,20 @@ the next tile, and with the fewest instructions otherwise. That is a tile where 
 in the `dropout` kernels with dropout, in the `general` ones and `attention_bwd_bias` with a bias in
 the tensors' type and without cap and dropout. In `attention_bwd_short` and `attention_bwd_keys` it
 is a turn of the warps that also fetch what belongs to the next queries (lse, delta, keys of their
-dropout). The LayerNorm kernels are counted on aligned rows with everything on: residual, dropout,
-fp32 weight and bias, and all gradients.
+dropout). In the kernels of sm90 it is a turn of the warpgroups that compute: in the forward from a
+tile of keys to the next one of the same queries, in `attention_bwd_short` of the warpgroup that has
+more columns of dq. The LayerNorm kernels are counted on aligned rows with everything on: residual,
+dropout, fp32 weight and bias, and all gradients.
 - **slots**: instructions of all threads in a turn for one score (attention), for one element of the
   row (LayerNorm), or for one word of 4 bytes that is loaded (the kernels that sum). They are shared
-  out over **tensor** HMMA, **MUFU** exp2 and reciprocals, **FMA** FFMA, FMUL, FADD, **IMAD**
+  out over **tensor** HMMA, HGMMA, **MUFU** exp2 and reciprocals, **FMA** FFMA, FMUL, FADD, **IMAD**
   (moves, too), **ALU** IADD3, LOP3, SHF, ISETP, FSEL, FMNMX, PRMT ..., **conv** conversions,
-  **smem** LDS, STS, LDSM, LDGSTS, SHFL, **gmem** LDG, STG, and **rest** barriers, branches, uniform
-  registers. **no drop**: slots without dropout.
+  **smem** LDS, STS, LDSM, STSM, LDGSTS, SHFL, **gmem** LDG, STG, and **rest** barriers, branches,
+  uniform registers. **no drop**: slots without dropout. HGMMA is one instruction of a warp for
+  64 x N x 16 multiply-accumulates of its warpgroup.
+- **overlap** (sm90): the share of a turn's instructions, and of its exponentials alone (**of
+  EX2**), that pass between the start of a product of the same warpgroup and the wait for it. The
+  other warpgroup's products are not in it.
 - **turn / loop**: instructions of a warp in a turn, and in all code of the loop; a turn may be more
   where it passes an inner loop several times. "-": no loop holds the wanted instructions, and the
   kernel is counted from start to end.
@@ -55,7 +65,7 @@ fp32 weight and bias, and all gradients.
   "memory": the bytes that must pass, at the published bandwidth.
 - **tensor share** (attention): the tensor cores' clocks of those. It is the share of their peak
   that the loop can reach at the most: what takes it down is the other instructions. On sm_90 it is
-  counted at wgmma's rate, which mma.sync, the instruction of these kernels, does not reach.
+  counted at wgmma's rate, which mma.sync, the instruction of the kernels of sm80, does not reach.
   **memory share** (all others): memory's clocks of those: below 100 % the kernel cannot keep up
   with memory, whatever its latencies.
 
@@ -63,38 +73,46 @@ Rates of an SM in one clock, sm_80 / sm_90: tensor {tensor80} / {tensor90} 16-bi
 multiply-accumulates, FMA {fma80} / {fma90}, ALU 64, IMAD 64, MUFU 16, issue 128 lanes, shared
 memory 128 bytes (CUDA C++ Programming Guide; tensor rates from the published peaks), memory
 {memory80:.1f} / {memory90:.1f} bytes (A100 80 GB, H100 SXM: published bandwidth over the clocks of
-the published tensor peak). Bank conflicts and latencies are not in it: these are the clocks below
-which a loop cannot go.
+the published tensor peak). Bank conflicts, latencies and what wgmma reads of shared memory are not
+in it: these are the clocks below which a loop cannot go.
 
 **In short**, below: over the instantiations of a kernel, from the least to the greatest; **KB** is
 shared memory, **share** the tensor or memory share.
 """
 
-SUMMARY = """
-## In short
-| kernel | sm | instantiations | regs | KB | warps | slots | bound by | share |
-|---|---|---:|---:|---:|---:|---:|---|---:|
+GOAL = """
+## The forward on Hopper beside its goal
+Slots for a score at head dim 64, HGMMA's aside: at most {plain} without dropout, {dropout} with.
+
 """
 
-RESOURCES = "| instantiation | sm | threads | regs | spill | shared | CTAs | warps "
-UNITS = "slots | tensor | MUFU | FMA | IMAD | ALU | conv | smem | gmem | rest | turn / loop | bound"
-ATTENTION = RESOURCES + f"| {UNITS} | tensor share |\n|---|---|{'---:|' * 17}---|---:|\n"
-NORM = RESOURCES + f"| no drop | {UNITS} | memory share |\n|---|---|{'---:|' * 18}---|---:|\n"
+RESOURCES = ["instantiation", "sm", "threads", "regs", "spill", "shared", "CTAs", "warps"]
+UNITS = ["MUFU", "FMA", "IMAD", "ALU", "conv", "smem", "gmem", "rest"]
+TURN = ["slots", "tensor", *UNITS, "turn / loop", "bound"]
+ATTENTION = [*RESOURCES, *TURN, "tensor share"]
+HOPPER = [*RESOURCES, "setmaxnreg", *TURN, "tensor share", "overlap", "of EX2"]
+NORM = [*RESOURCES, "no drop", *TURN, "memory share"]
+BESIDE_GOAL = ["instantiation", "goal", "slots", *UNITS, "EX2 overlapped"]
+SUMMARY = ["kernel", "sm", "instantiations", "regs", "KB", "warps", "slots", "bound by", "share"]
+WORDS = {"instantiation", "kernel", "sm", "bound", "bound by"}  # columns of text, not of numbers
 
 
 def document(kernels, version):
     """The text, from the gate's kernels and the assembler's version."""
     sections = {}
     for kernel in kernels:
-        sections.setdefault(kernel.launch.what, []).append(kernel)
+        sections.setdefault(f"{kernel.code.name.room}/{kernel.launch.what}", []).append(kernel)
     rates = sass.RATES
     text = HEAD.format(
         version=version,
         kernels=len(kernels),
         instantiations=len({kernel.code.name for kernel in kernels}),
-        targets=" and ".join(sorted({kernel.code.target for kernel in kernels})),
+        sm80_targets=" and ".join(cuda_gate.TARGETS["sm80"]),
+        sm90_targets=" and ".join(cuda_gate.TARGETS["sm90"]),
         spills=_spills(kernels),
-        limit=cuda_gate.SHARED_LIMIT,
+        serial=_serial(kernels),
+        limit=cuda_gate.SHARED_LIMIT["sm80"],
+        hopper_limit=cuda_gate.SHARED_LIMIT["sm90"],
         sm80=_sm(80),
         sm90=_sm(90),
         tensor80=rates[80]["tensor"],
@@ -104,15 +122,21 @@ def document(kernels, version):
         memory80=cuda_gate.MEMORY_BYTES[80],
         memory90=cuda_gate.MEMORY_BYTES[90],
     )
-    text += SUMMARY
+    text += "\n## In short\n" + _heading(SUMMARY)
     for what in sorted(sections):
-        for target in cuda_gate.TARGETS:
-            own = [k for k in sections[what] if k.code.target == target]
-            text += _summary(what, target, own) if own else ""
+        for target in sorted({kernel.code.target for kernel in sections[what]}):
+            own = [kernel for kernel in sections[what] if kernel.code.target == target]
+            text += _summary(what, target, own)
+    text += GOAL.format(**cuda_gate.GOALS) + _heading(BESIDE_GOAL)
+    for kernel in sorted(sections.get("sm90/attention_fwd", []), key=_order):
+        *_, variant = kernel.code.name.arguments
+        if kernel.code.name.numbers("WarpgroupTile")[0] == 64 and variant in cuda_gate.GOALS:
+            text += _beside_goal(kernel, cuda_gate.GOALS[variant])
     for what in sorted(sections):
-        table = ATTENTION if sections[what][0].is_attention else NORM
-        text += f"\n## {what}\n" + table
-        text += "".join(_row(kernel) for kernel in sorted(sections[what], key=_order))
+        own = sections[what]
+        columns = HOPPER if own[0].is_hopper else ATTENTION if own[0].is_attention else NORM
+        text += f"\n## {what}\n" + _heading(columns)
+        text += "".join(_row(kernel) for kernel in sorted(own, key=_order))
     return text
 
 
@@ -142,6 +166,25 @@ def _spills(kernels):
     if not spilled:
         return "No register is spilled."
     return f"Registers are spilled in: {'; '.join(map(str, spilled))}."
+
+
+def _serial(kernels):
+    serial = [kernel for kernel in kernels if kernel.code.serial]
+    if not serial:
+        return "No wgmma is serialized."
+    return f"wgmma is serialized in: {'; '.join(map(str, serial))}."
+
+
+def _percent(share):
+    return f"{100 * share:.0f} %"
+
+
+def _line(cells):
+    return "| " + " | ".join(map(str, cells)) + " |\n"
+
+
+def _heading(columns):
+    return _line(columns) + "".join("|---" if c in WORDS else "|---:" for c in columns) + "|\n"
 
 
 def _order(kernel):
@@ -175,28 +218,43 @@ def _summary(what, target, kernels):
         ", ".join(sorted({unit for unit, *_ in bounds})),
         _span([100 * share for *_, share in bounds]) + " %",
     ]  # fmt: skip
-    return "| " + " | ".join(map(str, cells)) + " |\n"
+    return _line(cells)
+
+
+def _units(kernel):
+    """Slots of a turn by the columns TURN begins with."""
+    mix = sass.mix(kernel.code.turn)
+    counts = [
+        *(mix["all"], mix["tensor"], mix["mufu"], mix["fma"], mix["imad"], mix["alu"]),
+        *(mix["conversion"], mix["shared"] + mix["shuffle"], mix["global"]),
+        mix["other"] + mix["spill"],
+    ]
+    return kernel.slots(dict(zip(["slots", "tensor", *UNITS], counts, strict=True)))
+
+
+def _beside_goal(kernel, goal):
+    units = _units(kernel)
+    units["slots"] -= units.pop("tensor")
+    numbers = [f"{n:.2f}" for n in units.values()]
+    return _line([f"`{kernel.code.name}`", goal, *numbers, _percent(kernel.overlap("MUFU.EX2"))])
 
 
 def _row(kernel):
-    code, mix = kernel.code, sass.mix(kernel.code.turn)
-    residents = kernel.residents
+    code, residents = kernel.code, kernel.residents
     threads = min(residents["warps"], residents["CTAs"])
-    units = {
-        "all": mix["all"], "tensor": mix["tensor"], "MUFU": mix["mufu"], "FMA": mix["fma"],
-        "IMAD": mix["imad"], "ALU": mix["alu"], "conv": mix["conversion"],
-        "smem": mix["shared"] + mix["shuffle"], "gmem": mix["global"],
-        "rest": mix["other"] + mix["spill"],
-    }  # fmt: skip
     unit, clocks, share = _bound(kernel)
     cells = [
         f"`{code.name}`", code.target, kernel.launch.threads, code.registers, code.stack,
         kernel.shared, f"{residents['registers']} / {residents['shared']} / {threads}",
         kernel.ctas * kernel.warps,
     ]  # fmt: skip
+    if kernel.is_hopper:
+        cells.append(" / ".join(map(str, code.setmaxnreg)))
     if not kernel.is_attention:
         cells.append(f"{_slots(kernel, code.spare):.2f}")
-    cells += [f"{n:.2f}" for n in kernel.slots(units).values()]
-    cells += [f"{mix['all']} / {code.loop_size if code.is_loop else '-'}"]
-    cells += [f"{unit} {clocks:.0f}", f"{100 * share:.0f} %"]
-    return "| " + " | ".join(map(str, cells)) + " |\n"
+    cells += [f"{n:.2f}" for n in _units(kernel).values()]
+    cells += [f"{len(code.turn)} / {code.loop_size if code.is_loop else '-'}"]
+    cells += [f"{unit} {clocks:.0f}", _percent(share)]
+    if kernel.is_hopper:
+        cells += [_percent(kernel.overlap()), _percent(kernel.overlap("MUFU.EX2"))]
+    return _line(cells)

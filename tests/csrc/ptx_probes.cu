@@ -27,7 +27,7 @@ extern "C" BERTKERN_KERNEL(128) probe_threads(float* out, const float* in) {
 
 extern "C" BERTKERN_KERNEL(128) probe_math(float* out, const float* in) {
   const float x = in[ptx::thread_index()], y = out[ptx::thread_index()];
-  const float powers = ptx::max(ptx::exp2(x), ptx::log2(y));
+  const float powers = ptx::max_nan(ptx::max(ptx::exp2(x), ptx::log2(y)), x);
   out[ptx::thread_index()] = ptx::fma(powers, ptx::reciprocal(x), ptx::rsqrt(y));
 }
 

@@ -43,6 +43,22 @@ def test_the_way_round_a_loop_passes_what_is_wanted_and_little_else():
     assert [i.name for i in turn].count("FSEL") == 2
 
 
+def test_a_way_avoids_what_is_shunned_before_all_else():
+    turn, *_ = Paths(LOOP).turn(of("HMMA", "LDGSTS", "FSEL"), of("FSEL"))
+    assert {"LDGSTS", "HMMA"} <= {i.name for i in turn}
+    assert "FSEL" not in {i.name for i in turn}
+    turn, *_ = Paths(LOOP).turn(of("HMMA"), of("HMMA"))  # there is no other way
+    assert "HMMA" in {i.name for i in turn}
+
+
+def test_how_much_of_what_is_wanted_makes_a_main_loop():
+    peeled = code_of(
+        "FFMA R1, R2, R3, R4", "FFMA R1, R2, R3, R4", "FFMA R1, R2, R3, R4", "@P0 BRA 0x20", "EXIT"
+    )
+    assert not Paths(peeled).turn(of("FFMA"))[1]
+    assert Paths(peeled).turn(of("FFMA"), least=1 / 4)[1]
+
+
 def test_the_smallest_loop_with_most_that_is_wanted_is_the_main_one():
     paths = Paths(
         code_of(

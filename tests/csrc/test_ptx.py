@@ -104,7 +104,10 @@ SM80 = {
         *(r"S2R \w+, SR_TID\.X", r"SR_CTAID\.X", r"SHFL\.BFLY", r"SHFL\.IDX", r"VOTE\.ANY"),
         *(r"BAR\.SYNC\S* 0x0", r"BAR\.ARV 0x1, 0x80", r"BAR\.SYNC\S* 0x1, 0x80"),
     ],
-    "probe_math": [r"MUFU\.EX2", r"MUFU\.LG2", r"MUFU\.RCP", r"MUFU\.RSQ", r"FMNMX", r"FFMA"],
+    "probe_math": [
+        *(r"MUFU\.EX2", r"MUFU\.LG2", r"MUFU\.RCP", r"MUFU\.RSQ"),
+        *(r"FMNMX ", r"FMNMX\.NAN", r"FFMA"),
+    ],
     "probe_mma_half": [*MMA, r"HMMA\.16816\.F32 ", r"F2FP\.(F16\.F32\.)?PACK_AB"],
     "probe_mma_bfloat16": [*MMA, r"HMMA\.16816\.F32\.BF16", r"F2FP\.BF16\S*PACK_AB"],
 }

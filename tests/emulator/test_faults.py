@@ -1,33 +1,15 @@
 """What the machine must find, it finds under every seed, with the places; what is right passes."""
 
-import re
-from dataclasses import dataclass, field
-from typing import Any
-
 import pytest
 import torch
 from emulator import emulated, faults
+from emulator.faults import Case
 
 SEEDS = range(20)
 ONE_WARP = {"threads": 32}
 
 if (reason := emulated.unusable()) is not None:
     pytest.skip(reason, allow_module_level=True)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kernel with a fault: what the error says, and the marked lines that it names."""
-
-    kernel: str
-    fault: int
-    says: str
-    names: tuple[str, ...] = ()
-    how: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"{self.kernel}-{self.fault}"
-
 
 RACE = "a race on them with thread"
 COPY = "a race on them with a copy of thread"
@@ -112,12 +94,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fault_is_found(case):
-    for seed in SEEDS:
-        with pytest.raises(RuntimeError, match=f"(?s)^{case.kernel}: .*{case.says}") as raised:
-            faults.run(case.kernel, case.fault, seed=seed, **case.how)
-        named = set(re.findall(r"faults\.cu:\d+", str(raised.value)))
-        for marker in case.names:
-            assert named & set(faults.lines(case.kernel, marker)), (marker, raised.value)
+    case.check_found(SEEDS)
 
 
 RIGHT = {case.kernel: case.how for case in CASES}
@@ -125,11 +102,7 @@ RIGHT = {case.kernel: case.how for case in CASES}
 
 @pytest.mark.parametrize("kernel", RIGHT)
 def test_without_the_fault_it_passes(kernel):
-    ends = []
-    for seed in SEEDS:
-        _, y = faults.run(kernel, seed=seed, **RIGHT[kernel])
-        ends.append(y)
-    assert all(torch.equal(y.nan_to_num(-1), ends[0].nan_to_num(-1)) for y in ends)
+    faults.check_right(kernel, SEEDS, **RIGHT[kernel])
 
 
 def test_results_of_what_is_right():

@@ -113,7 +113,7 @@ attention_bwd_bias_kernel(const AttentionKernelArguments a) {
     const int q_tiles = sum_q ? (s.len_q + Tile::kRows - 1) / Tile::kRows : own_q + 1;
     const int k_tiles = sum_k ? (s.len_k + kKeys - 1) / kKeys : own_k + 1;
     for (int head = first_head; head < end_head; ++head) {
-      const int key_head = head / (a.heads / a.key_heads);
+      const int key_head = key_head_of(a, head);
       const int64_t at_lse = lse_offset(a, index, s.first_q, head);
       const ScoreOptions options = score_options<T>(a, index, head);
       const DropoutStream stream =

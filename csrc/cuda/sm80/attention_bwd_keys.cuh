@@ -14,15 +14,10 @@
 // For dq, dsᵀ goes through shared memory.
 #pragma once
 
-#include "cuda/sm80/attention_score.cuh"
+#include "cuda/attention_gradient.cuh"
+#include "cuda/sm80/attention_tile.cuh"
 
 namespace bertkern::sm80 {
-
-// What a block keeps of each query of a tile: lse, delta, keys of its dropout.
-struct QueryFacts {
-  float lse, delta;
-  uint32_t dropout_a, dropout_b;
-};
 
 template <typename Tile, bool kShort>
 constexpr int attention_bwd_keys_shared_bytes() {
@@ -41,7 +36,7 @@ attention_bwd_keys_kernel(const AttentionKernelArguments a) {
   const int block = kShort ? 0 : ptx::block_index() % a.blocks;
   const int key_head = ptx::block_index() / a.blocks % a.key_heads;
   const int index = ptx::block_index() / a.blocks / a.key_heads;
-  const int group = a.heads / a.key_heads;
+  const int group = a.group;
   const Sequence s = sequence_of(a, index);
   T* dk = head_rows<T>(a.dk, index, s.first_k, key_head);
   T* dv = head_rows<T>(a.dv, index, s.first_k, key_head);
@@ -117,7 +112,6 @@ attention_bwd_keys_kernel(const AttentionKernelArguments a) {
   const int g = lane_index() / 4, t = lane_index() % 4;
   OwnRows<kHeadDim> k_rows{k_tile, row, {}}, v_rows{v_tile, row, {}};
   float dk_acc[kHeadDim / 8][4] = {}, dv_acc[kHeadDim / 8][4] = {};
-  const float to_log2 = kGeneral ? kLog2e : a.scale * kLog2e;
 
   for (int step = 0; step < steps; ++step) {
     const int head = key_head * group + step / tiles;
@@ -154,66 +148,23 @@ attention_bwd_keys_kernel(const AttentionKernelArguments a) {
     const bool whole = sees_all(s, kept, first_q, end_q, first_k, first_k + Tile::kRows);
     const ScoreOptions options = kGeneral ? score_options<T>(a, index, head) : ScoreOptions{};
 
-    // Of 16 queries from `part` on, two neighbouring fragments, transposed: weights = p · cap',
-    // dp with its mask, and Σ p dp over the thread's two keys, [fragment][query's bit 0]; adds to
-    // dv. The queries of the second fragment are those of the first + 8.
+    const KeyScores<T, kVariant> scores{a, s, kept, whole, options, fact, first_q, first_k + row};
+
+    // Of 16 queries from `part` on: weights, dp and the sums of KeyScores; adds to dv.
     const auto scores_of_part = [&](int part, float (&weights)[2][4], float (&dp)[2][4],
                                     float (&sums)[2][2]) {
       float p[2][4];
       k_rows.multiply_transposed(weights, q_tile, part, T{});
       v_rows.multiply_transposed(dp, dout_tile, part, T{});
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        bool keep[2][2] = {{true, true}, {true, true}};  // [query's bit 3][key's bit 3]
-        if (kMayDrop && a.dropout_threshold != 0) {
-          const QueryFacts& f = fact[part + 2 * t + e];
-          kept_scores({f.dropout_a, f.dropout_b, 0}, first_k + row + g, a.dropout_threshold, keep);
-        }
-#pragma unroll
-        for (int next = 0; next < 2; ++next) {
-          const int query = part + 8 * next + 2 * t + e;
-          const float lse = fact[query].lse;
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float &w = weights[next][2 * half + e], &y = dp[next][2 * half + e];
-            const int i = first_q + query, j = first_k + row + g + 8 * half;
-            bool seen = true;
-            float derivative = 1.0f, exponent;
-            if (kGeneral || !whole) seen = i < s.len_q && (whole || sees(s, kept, i, j));
-            if (kGeneral) {
-              const float score = seen ? score_of<T>(options, w, i, j, derivative) : -kInfinity;
-              seen = seen && score != -kInfinity;
-              exponent = (score - lse) * to_log2;
-            } else {
-              exponent = ptx::fma(w, to_log2, -lse);
-            }
-            // Chosen, not multiplied by 0: what is not seen may be NaN.
-            const float p_ij = seen ? ptx::exp2(exponent) : 0.0f;
-            if (kMayDrop) y *= a.dropout_scale;
-            if (!seen || !keep[next][half]) y = 0.0f;
-            p[next][2 * half + e] = keep[next][half] ? p_ij : 0.0f;
-            w = p_ij * derivative;
-            sums[next][e] = half == 0 ? p_ij * y : ptx::fma(p_ij, y, sums[next][e]);
-          }
-        }
-      }
+      scores.weigh(part, 0, weights, dp, p, sums);
       uint32_t left[4];
       to_left<T>(left, p[0], p[1]);
       multiply_step<T, kHeadDim>(dv_acc, left, dout_tile, part, 0);
     };
-    // ds = weights · (dp - delta), as the left operand of dk, to which it adds.
+    // ds as the left operand of dk, to which it adds.
     const auto gradients_of_part = [&](int part, const float (&weights)[2][4], float (&dp)[2][4],
                                        uint32_t (&left)[4]) {
-#pragma unroll
-      for (int next = 0; next < 2; ++next) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float ds =
-              weights[next][e] * (dp[next][e] - fact[part + 8 * next + 2 * t + e % 2].delta);
-          // delta may be NaN where dout is: it must not reach what is not seen, whose weight is 0.
-          dp[next][e] = (kGeneral || !whole) && weights[next][e] == 0.0f ? 0.0f : ds;
-        }
-      }
+      scores.differentiate(part, 0, weights, dp);
       to_left<T>(left, dp[0], dp[1]);
       multiply_step<T, kHeadDim>(dk_acc, left, q_tile, part, 0);
     };

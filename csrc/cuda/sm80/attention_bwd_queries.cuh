@@ -6,7 +6,8 @@
 //   dq_i = scale Σ_j ds_ij cap'_ij k_j
 #pragma once
 
-#include "cuda/sm80/attention_score.cuh"
+#include "cuda/attention_gradient.cuh"
+#include "cuda/sm80/attention_tile.cuh"
 
 namespace bertkern::sm80 {
 
@@ -36,108 +37,23 @@ BERTKERN_DEVICE float row_of_delta(const char* dout_tile, int row, const T* out,
   return sum_of_row(sum);
 }
 
-// Of the queries that a thread's fragment holds, rows g and g + 8.
-struct QueryRows {
-  float lse[2], delta[2];
-  DropoutRow keys;
-
-  // A query that sees nothing, or is none, has p = exp(s - Inf) = 0. `lse_factor`: log2(e) on the
-  // plain path, 1 on the general one.
-  BERTKERN_DEVICE void set(int half, bool inside, float row_lse, float row_delta,
-                           float lse_factor) {
-    lse[half] = inside && row_lse != -kInfinity ? row_lse * lse_factor : kInfinity;
-    delta[half] = lse[half] != kInfinity ? row_delta : 0.0f;
-  }
-};
-
-// p [16 x kKeyTiles · 8] holds products q kᵀ, dp holds dout vᵀ: p becomes ds, the gradient of the
-// scores (kCapped: of the products before the cap, in units of 1 / scale). Its corner is score
-// (first_q, first_k); `whole`: every score counts; `all_keys`: no other key is seen, so Σ p dp of
-// that very dp is added to delta. Where a query sees few keys dp and delta are almost equal, and a
-// sum over the rounded `out` would be all that is left of ds.
-template <typename T, AttentionVariant kVariant, bool kCapped, int kKeyTiles>
-BERTKERN_DEVICE void gradients_of_scores(float (&p)[kKeyTiles][4], float (&dp)[kKeyTiles][4],
-                                         QueryRows& rows, const AttentionKernelArguments& a,
-                                         const Sequence& s, const uint8_t* kept, bool whole,
-                                         bool all_keys, const ScoreOptions& options, int first_q,
-                                         int first_k) {
-  constexpr bool kGeneral = kVariant == AttentionVariant::kGeneral;
-  const int g = lane_index() / 4, t = lane_index() % 4;
-  if (kVariant != AttentionVariant::kPlain && a.dropout_threshold != 0) {
-#pragma unroll
-    for (int n = 0; n < kKeyTiles; n += 2) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        bool keep[2][2];
-        kept_scores(rows.keys, first_k + 8 * n + 2 * t + e, a.dropout_threshold, keep);
-#pragma unroll
-        for (int high = 0; high < 2; ++high) {
-          float &low = dp[n][2 * high + e], &next = dp[n + 1][2 * high + e];
-          low = keep[high][0] ? low * a.dropout_scale : 0.0f;
-          next = keep[high][1] ? next * a.dropout_scale : 0.0f;
-        }
-      }
-    }
-  }
-  const float to_log2 = kGeneral ? kLog2e : a.scale * kLog2e;
-  float sums[2] = {};
-#pragma unroll
-  for (int n = 0; n < kKeyTiles; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      bool seen = true;
-      float derivative = 1.0f, exponent;
-      const int i = first_q + g + 8 * (e / 2), j = first_k + 8 * n + 2 * t + e % 2;
-      if (kGeneral || !whole) seen = i < s.len_q && (whole || sees(s, kept, i, j));
-      if (kGeneral) {
-        const float score = seen ? score_of<T>(options, p[n][e], i, j, derivative) : -kInfinity;
-        seen = seen && score != -kInfinity;
-        exponent = (score - rows.lse[e / 2]) * to_log2;
-      } else {
-        exponent = ptx::fma(p[n][e], to_log2, -rows.lse[e / 2]);
-      }
-      if (!kCapped) derivative = 1.0f;
-      // Chosen, not multiplied by 0: what is not seen may be NaN.
-      const float p_ij = seen ? ptx::exp2(exponent) : 0.0f;
-      if (!seen) dp[n][e] = 0.0f;
-      sums[e / 2] = ptx::fma(p_ij, dp[n][e], sums[e / 2]);
-      p[n][e] = p_ij * derivative;
-    }
-  }
-  if (all_keys) {
-    rows.delta[0] += sum_of_row(sums[0]);
-    rows.delta[1] += sum_of_row(sums[1]);
-  }
-#pragma unroll
-  for (int n = 0; n < kKeyTiles; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float ds = p[n][e] * (dp[n][e] - rows.delta[e / 2]);
-      // delta may be NaN where dout is: it must not reach what is not seen, whose p is 0.
-      p[n][e] = (kGeneral || !whole) && p[n][e] == 0.0f ? 0.0f : ds;
-    }
-  }
-}
-
 template <typename T, typename Tile, AttentionVariant kVariant>
 BERTKERN_KERNEL(Tile::kThreads)
 attention_bwd_queries_kernel(const AttentionKernelArguments a) {
   constexpr bool kGeneral = kVariant == AttentionVariant::kGeneral;
   constexpr int kHeadDim = Tile::kHeadDim, kRowTiles = Tile::kRowTiles;
   constexpr int kKeys = Tile::kColumns, kKeyTiles = kKeys / 8;
-  const int block = a.blocks - 1 - ptx::block_index() % a.blocks;
-  const int head = ptx::block_index() / a.blocks % a.heads;
-  const int index = ptx::block_index() / a.blocks / a.heads;
-  const int key_head = head / (a.heads / a.key_heads);
-  const Sequence s = sequence_of(a, index);
+  const QueryTile own = own_query_tile<Tile>(a);
+  const Sequence s = own.s;
+  const int index = own.index, head = own.head, first_q = own.first_q, end_q = own.end_q;
+  const int first_tile = own.first_tile, end_tile = own.end_tile;
   if (index == a.batch) {
     zero_rows<T, Tile::kThreads>(head_rows<T>(a.dq, 0, s.first_q, head), a.dq.token, 0, s.len_q,
-                                 a.head_dim, block, a.blocks);
+                                 a.head_dim, first_q / Tile::kRows, a.blocks);
     return;
   }
-  const int first_q = block * Tile::kRows;
-  if (first_q >= s.len_q || s.len_k < a.least_keys) return;
-  const int end_q = first_q + Tile::kRows < s.len_q ? first_q + Tile::kRows : s.len_q;
+  if (first_q >= end_q || s.len_k < a.least_keys) return;
+  const int key_head = key_head_of(a, head);
   const uint8_t* kept = kept_keys(a, index);
 
   char* q_tile = ptx::shared_memory();
@@ -157,11 +73,6 @@ attention_bwd_queries_kernel(const AttentionKernelArguments a) {
     copy_rows<T, kKeys, kHeadDim, Tile::kThreads>(v_tile, v, a.v.token, tile * kKeys, s.len_k,
                                                   a.head_dim, KeptKeys{kept});
   };
-
-  const int first_key = first_q + s.low > 0 ? first_q + s.low : 0;
-  const int end_key = end_q + s.high < s.len_k ? end_q + s.high : s.len_k;
-  const int first_tile = first_key / kKeys;
-  const int end_tile = end_key > first_key ? (end_key + kKeys - 1) / kKeys : first_tile;
 
   copy_rows<T, Tile::kRows, kHeadDim, Tile::kThreads>(q_tile, q, a.q.token, first_q, s.len_q,
                                                       a.head_dim, AllRows{});

@@ -8,7 +8,7 @@
 //   acc' = acc · exp(m - m') + p v,   at the end out = acc / sum, lse = m + log(sum)
 #pragma once
 
-#include "cuda/sm80/attention_score.cuh"
+#include "cuda/sm80/attention_tile.cuh"
 
 namespace bertkern::sm80 {
 
@@ -35,16 +35,13 @@ attention_fwd_kernel(const AttentionKernelArguments a) {
   constexpr bool kGeneral = kVariant == AttentionVariant::kGeneral;
   constexpr int kHeadDim = Tile::kHeadDim, kRowTiles = Tile::kRowTiles;
   constexpr int kKeys = Tile::kColumns, kKeyTiles = kKeys / 8;
-  // The longest rows of a causal matrix first, so that the last blocks to start are short ones.
-  const int block = a.blocks - 1 - ptx::block_index() % a.blocks;
-  const int head = ptx::block_index() / a.blocks % a.heads;
-  const int index = ptx::block_index() / a.blocks / a.heads;
-  const int key_head = head / (a.heads / a.key_heads);
-  const Sequence s = sequence_of(a, index);
-  if (index == a.batch) return attention_fwd_nothing<T, Tile>(a, s, head, block);
-  const int first_q = block * Tile::kRows;
-  if (first_q >= s.len_q) return;
-  const int end_q = first_q + Tile::kRows < s.len_q ? first_q + Tile::kRows : s.len_q;
+  const QueryTile own = own_query_tile<Tile>(a);
+  const Sequence s = own.s;
+  const int index = own.index, head = own.head, first_q = own.first_q, end_q = own.end_q;
+  const int first_tile = own.first_tile, end_tile = own.end_tile;
+  if (index == a.batch) return attention_fwd_nothing<T, Tile>(a, s, head, first_q / Tile::kRows);
+  if (first_q >= end_q) return;
+  const int key_head = key_head_of(a, head);
   const uint8_t* kept = kept_keys(a, index);
 
   char* q_tile = ptx::shared_memory();
@@ -62,12 +59,6 @@ attention_fwd_kernel(const AttentionKernelArguments a) {
                                                   a.head_dim, KeptKeys{kept});
     ptx::copy_async_commit();
   };
-
-  // Tiles of keys that some query of the block sees.
-  const int first_key = first_q + s.low > 0 ? first_q + s.low : 0;
-  const int end_key = end_q + s.high < s.len_k ? end_q + s.high : s.len_k;
-  const int first_tile = first_key / kKeys;
-  const int end_tile = end_key > first_key ? (end_key + kKeys - 1) / kKeys : first_tile;
 
   if (first_tile < end_tile) {
     copy_rows<T, Tile::kRows, kHeadDim, Tile::kThreads>(q_tile, q, a.q.token, first_q, s.len_q,

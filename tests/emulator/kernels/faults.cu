@@ -1,21 +1,13 @@
-// One small kernel for each thing that the machine must find. With `fault` 0 it is right; each
-// other value makes one mistake. Lines that an error must name end in `// first` and `// second`.
+// One small kernel for each thing that the machine must find (see faults.cuh) of what blocks and
+// warps of every architecture do; and the table of all such kernels.
 #include <map>
 #include <stdexcept>
 
-#include "cuda/launch.h"
-#include "kernels/arguments.h"
-#include "ptx/copy_async.cuh"
-#include "ptx/memory.cuh"
-#include "ptx/mma.cuh"
-#include "ptx/thread.cuh"
+#include "cuda/tensor_map.h"
+#include "kernels/faults.cuh"
 
 namespace bertkern::emulator::test {
 namespace {
-
-BERTKERN_DEVICE float* shared_floats() { return reinterpret_cast<float*>(ptx::shared_memory()); }
-BERTKERN_DEVICE int lane_index() { return ptx::thread_index() % 32; }
-BERTKERN_DEVICE int warp_index() { return ptx::thread_index() / 32; }
 
 // Barriers ---------------------------------------------------------------------------------------
 
@@ -411,43 +403,65 @@ BERTKERN_KERNEL(64) locals(const Arguments a) {
   a.y[t] = value;
 }
 
-const std::map<std::string, void (*)(Arguments)>& kernels() {
-  static const std::map<std::string, void (*)(Arguments)> table = {
-      {"write_then_read", write_then_read},
-      {"read_then_write", read_then_write},
-      {"write_twice", write_twice},
-      {"neighbouring_bytes", neighbouring_bytes},
-      {"lanes", lanes},
-      {"barriers_in_turn", barriers_in_turn},
-      {"named_barriers", named_barriers},
-      {"named_barrier_arguments", named_barrier_arguments},
-      {"everybody_waits", everybody_waits},
-      {"together", together},
-      {"shuffle_arguments", shuffle_arguments},
-      {"own_copy", own_copy},
-      {"stages", stages},
-      {"last_copy", last_copy},
-      {"copy_twice", copy_twice},
-      {"copy_source", copy_source},
-      {"copy_of_nothing", copy_of_nothing},
-      {"bounds", bounds},
-      {"matrix_bounds", matrix_bounds},
-      {"rows", rows},
-      {"alignment", alignment},
-      {"unwritten", unwritten},
-      {"blocks", blocks},
-      {"locals", locals},
-  };
+std::map<std::string, FaultKernel>& kernels() {
+  static std::map<std::string, FaultKernel> table;
   return table;
+}
+
+const bool added = add_faults({
+    {"write_then_read", write_then_read},
+    {"read_then_write", read_then_write},
+    {"write_twice", write_twice},
+    {"neighbouring_bytes", neighbouring_bytes},
+    {"lanes", lanes},
+    {"barriers_in_turn", barriers_in_turn},
+    {"named_barriers", named_barriers},
+    {"named_barrier_arguments", named_barrier_arguments},
+    {"everybody_waits", everybody_waits},
+    {"together", together},
+    {"shuffle_arguments", shuffle_arguments},
+    {"own_copy", own_copy},
+    {"stages", stages},
+    {"last_copy", last_copy},
+    {"copy_twice", copy_twice},
+    {"copy_source", copy_source},
+    {"copy_of_nothing", copy_of_nothing},
+    {"bounds", bounds},
+    {"matrix_bounds", matrix_bounds},
+    {"rows", rows},
+    {"alignment", alignment},
+    {"unwritten", unwritten},
+    {"blocks", blocks},
+    {"locals", locals},
+});
+
+// Memory that is no tensor's.
+alignas(16) uint16_t nowhere[16 * 64];
+
+TensorMap map_of(void* data, int rows, Swizzle swizzle) {
+  return cuda::make_tensor_map({data, DType::kFloat16, 2, {64, rows}, {1, 64}, {64, 4}, swizzle},
+                               "test kernel");
 }
 
 }  // namespace
 
-void run_fault(const std::string& name, const Arguments& arguments, int blocks, int threads,
-               int shared_bytes) {
+bool add_faults(std::initializer_list<std::pair<const std::string, FaultKernel>> more) {
+  kernels().insert(more);
+  return true;
+}
+
+void run_fault(const std::string& name, float* x, float* y, int fault, const Shape& shape) {
   const auto found = kernels().find(name);
   if (found == kernels().end()) throw std::invalid_argument("no kernel " + name);
-  cuda::launch(found->second, {blocks, threads, shared_bytes}, arguments, nullptr, name.c_str());
+  const Arguments arguments{x,
+                            y,
+                            fault,
+                            map_of(x, 16, Swizzle::kNone),
+                            map_of(y, 4, Swizzle::kNone),
+                            map_of(x, 16, Swizzle::k128),
+                            map_of(nowhere, 16, Swizzle::kNone)};
+  cuda::launch(found->second, {shape.blocks, shape.threads, shape.shared_bytes, shape.cluster},
+               arguments, nullptr, name.c_str());
 }
 
 }  // namespace bertkern::emulator::test

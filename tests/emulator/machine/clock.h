@@ -26,9 +26,9 @@ enum class Kind : int {
   kStoreWritten,  // what they write
   kProduct,       // what wgmma reads, by groups; of the warp, so its first lane's
   // Up to which time the asynchronous proxy sees the thread's accesses.
-  kFenced,        // kOwn, in its block's shared memory
-  kFencedAll,     // kOwn, in all memory
-  kFencedCopy,    // kCopy
+  kFenced,      // kOwn, in its block's shared memory
+  kFencedAll,   // kOwn, in all memory
+  kFencedCopy,  // kCopy
 };
 constexpr int kKinds = 8;
 constexpr int kWarpComponents = kWarpThreads * kKinds;
@@ -40,7 +40,8 @@ constexpr int component(int thread, Kind kind) { return thread * kKinds + static
 using Vector = std::vector<uint32_t>;
 using ClusterClock = std::shared_ptr<const Vector>;
 using WarpClock = std::shared_ptr<const std::array<uint32_t, kWarpComponents>>;
-using Beyond = std::shared_ptr<const std::map<uint32_t, ClusterClock>>;  // by cluster; null: nothing
+using Beyond =
+    std::shared_ptr<const std::map<uint32_t, ClusterClock>>;  // by cluster; null: nothing
 
 // What can be handed on.
 struct Knowledge {
@@ -49,7 +50,7 @@ struct Knowledge {
 };
 
 struct Clock {
-  int thread = 0;  // whose it is, in the cluster
+  int thread = 0;   // whose it is, in the cluster
   int threads = 0;  // of the cluster
   std::array<uint32_t, kKinds> own = {};
   ClusterClock cluster;

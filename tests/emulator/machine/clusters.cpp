@@ -30,8 +30,8 @@ bool knows_started(const Clock& clock, const Block& block) {
 
 uint32_t shared_address(const void* address) {
   const Block& block = *Machine::get().running().block;
-  return kFirstSharedAddress + static_cast<uint32_t>(static_cast<const char*>(address) -
-                                                     block.shared);
+  return kFirstSharedAddress +
+         static_cast<uint32_t>(static_cast<const char*>(address) - block.shared);
 }
 
 int cluster_rank() { return Machine::get().running().block->rank; }

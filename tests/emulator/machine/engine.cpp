@@ -15,9 +15,7 @@
 namespace bertkern::emulator {
 namespace {
 
-void read(Piece& piece) {
-  std::memcpy(&piece.value, piece.from, static_cast<size_t>(piece.bytes));
-}
+void read(Piece& piece) { std::memcpy(&piece.value, piece.from, static_cast<size_t>(piece.bytes)); }
 void write(const Piece& piece) {
   std::memcpy(piece.to, &piece.value, static_cast<size_t>(piece.bytes));
 }
@@ -95,8 +93,8 @@ class Box {
         const int64_t first = position_.at[0] + chunk / 2;
         const int64_t low = std::clamp<int64_t>(-first, 0, 8);
         const int64_t high = std::clamp<int64_t>(map_.sizes[0] - first, 0, 8);
-        const int place = swizzled(static_cast<int>(offset_) + row * row_bytes + chunk,
-                                   map_.swizzle);
+        const int place =
+            swizzled(static_cast<int>(offset_) + row * row_bytes + chunk, map_.swizzle);
         const bool some = inside && low < high;
         const char* elements = map_.data + (start + first) * 2;
         body(block.shared + place, some ? elements : nullptr, static_cast<int>(low) * 2,
@@ -112,8 +110,7 @@ class Box {
   int bytes_;
 };
 
-void check_bulk(const char* does, int bytes, uintptr_t first, uintptr_t second,
-                const void* place) {
+void check_bulk(const char* does, int bytes, uintptr_t first, uintptr_t second, const void* place) {
   if (bytes < 16 || bytes % 16 != 0 || first % 16 != 0 || second % 16 != 0) {
     fail_at(std::string(does) + " " + std::to_string(bytes) + " bytes at " +
                 Machine::get().describe(first),
@@ -238,9 +235,8 @@ void bulk_load(void* shared, const void* global, int bytes, void* barrier_pointe
   for (int at = 0; at < bytes; at += kCellBytes) {
     touch_engine_global(from + at, kCellBytes, reads);
     touch_engine_shared(*machine.running().block, to + at, kCellBytes, writes);
-    Piece piece{static_cast<char*>(shared) + at, static_cast<const char*>(global) + at,
-                kCellBytes,
-                {}};
+    Piece piece{
+        static_cast<char*>(shared) + at, static_cast<const char*>(global) + at, kCellBytes, {}};
     read(piece);
     transfer.pieces.push_back(piece);
   }

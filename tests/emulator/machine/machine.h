@@ -92,10 +92,12 @@ void bulk_wait(int pending, bool reads_only);
 
 // Products of a warpgroup. d has `words` registers in each thread, in which nothing is before the
 // wait; registers are where the kernel has them until then.
+void check_tile(const void* tile, int alignment);
 void warpgroup_fence(const void* registers, int words);
 void warpgroup_product(float* d, int words, WarpgroupOperands operands);
 void warpgroup_commit();
 void warpgroup_wait(int pending);
+void warpgroup_hold(const void* registers, int words);
 void set_registers(int registers, bool raise);
 void store_matrix(void* row, Words4 words, bool transposed);
 

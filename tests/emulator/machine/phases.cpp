@@ -2,7 +2,6 @@
 #include "machine/phases.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "machine/places.h"
 #include "machine/shared.h"
@@ -49,8 +48,8 @@ PhaseBarrier& barrier_at(Block& block, uintptr_t offset, const char* does, const
     std::string made;
     if (there) {
       const int threads = Machine::get().grid().threads;
-      made = ", which thread " + std::to_string(found->second.initialiser % threads) +
-             " made at " + where(found->second.place);
+      made = ", which thread " + std::to_string(found->second.initialiser % threads) + " made at " +
+             where(found->second.place);
     }
     fail_at(std::string(does) + " " + name_of_barrier(block, offset), place, what + made);
   };
@@ -62,9 +61,6 @@ PhaseBarrier& barrier_at(Block& block, uintptr_t offset, const char* does, const
   if (!barrier.fenced && (by_others || barrier.initialiser != clock.thread)) {
     refuse("no barrier_init_fence since its barrier_init");
   }
-  uint64_t bits;
-  std::memcpy(&bits, block.shared + offset, sizeof(bits));
-  if (bits != barrier.bits) refuse("its bytes have been overwritten");
   return barrier;
 }
 
@@ -123,8 +119,9 @@ void arrive(PhaseBarrier& barrier, bool from_cluster, const void* place) {
                 " arrivals of this phase have come; its bytes have not");
   }
   Clock& clock = Machine::get().running().clock;
-  if (!from_cluster) barrier.arrivals.add(clock);
-  if (Machine::get().grid().cluster > 1) barrier.cluster_arrivals.add(clock);
+  const bool clusters = Machine::get().grid().cluster > 1;
+  if (!from_cluster || !clusters) barrier.arrivals.add(clock);
+  if (clusters) barrier.cluster_arrivals.add(clock);
   --barrier.pending;
   end_phase_if_complete(barrier);
 }
@@ -188,8 +185,8 @@ void check_end_of_block(Thread& thread) {
   for (const auto& [offset, barrier] : block.phase_barriers.by_offset) {
     if (barrier.last_copy > barrier.last_seen) {
       machine.fail("block " + std::to_string(block.index) + " ends, and nobody has waited for " +
-                   "the copy that counts on " + name_of_barrier(block, offset) +
-                   ", started at " + where(barrier.copy_place));
+                   "the copy that counts on " + name_of_barrier(block, offset) + ", started at " +
+                   where(barrier.copy_place));
     }
   }
   for (const auto& [component, time] : block.remote) {
@@ -224,19 +221,17 @@ void phase_barrier_init(void* pointer, int arrivals) {
     fail_at("makes " + name_of_barrier(block, offset), place,
             "the machine takes " + std::to_string(kBarriersOfBlock) + " of a block");
   }
-  touch_shared_8(pointer, true, place);
+  touch_barrier(pointer, true, place);
   PhaseBarrier& barrier = block.phase_barriers.by_offset[offset];
-  barrier.component = thread.clock.threads * kKinds + block.rank * kBarriersOfBlock +
-                      block.phase_barriers.made++;
+  barrier.component =
+      thread.clock.threads * kKinds + block.rank * kBarriersOfBlock + block.phase_barriers.made++;
   barrier.expected = barrier.pending = static_cast<uint32_t>(arrivals);
   barrier.initialiser = thread.clock.thread;
   barrier.initialised_at = thread.clock.now();
   barrier.place = place_of(place);
-  barrier.bits = machine.random().bits();
   barrier.arrivals.start(machine.components());
   barrier.cluster_arrivals.start(machine.grid().cluster > 1 ? machine.components() : 0);
   barrier.told = barrier.cluster_told = {};
-  std::memcpy(pointer, &barrier.bits, sizeof(barrier.bits));
 }
 
 void phase_barrier_init_fence() {
@@ -255,7 +250,7 @@ void phase_barrier_invalidate(void* pointer) {
     fail_at("invalidates " + name_of_barrier(block, offset), place,
             "threads wait for it or copies count on it");
   }
-  touch_shared_8(pointer, true, place);
+  touch_barrier(pointer, false, place);
   block.phase_barriers.by_offset.erase(offset);
 }
 

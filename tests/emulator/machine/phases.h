@@ -25,7 +25,6 @@ struct PhaseBarrier {
   uint32_t initialised_at = 0;
   uint32_t place = 0;
   bool fenced = false;
-  uint64_t bits = 0;  // what its eight bytes hold
   // What those who arrived knew: threads of the block, and of the cluster.
   Gathering arrivals, cluster_arrivals;
   Knowledge told, cluster_told;  // when the last phase ended

@@ -139,6 +139,8 @@ void start_accumulation(Thread& thread, float* registers, int words, uint32_t gr
     }
   }
   check_fenced(thread, reinterpret_cast<const uint32_t*>(registers), count, "accumulators", place);
+  own.not_held.erase(std::remove(own.not_held.begin(), own.not_held.end(), registers),
+                     own.not_held.end());
   own.under_way.push_back({registers, {registers, registers + count}, group});
   std::memset(registers, 0xFF, count * sizeof(float));
 }
@@ -239,8 +241,7 @@ void multiply_next(Warpgroup& group) {
     }
     if (product.a_registers.empty()) continue;
     for (int i = 0; i < 4; ++i) {
-      const uint32_t word =
-          product.a_registers[static_cast<size_t>(t)][static_cast<size_t>(i)];
+      const uint32_t word = product.a_registers[static_cast<size_t>(t)][static_cast<size_t>(i)];
       float* pair = &a[row + i % 2 * 8][column + i / 2 * 8];
       pair[0] = decode(static_cast<uint16_t>(word));
       pair[1] = decode(static_cast<uint16_t>(word >> 16));
@@ -267,8 +268,25 @@ void multiply_next(Warpgroup& group) {
   }
 }
 
+void check_tile(const void* tile, int alignment) {
+  if (shared_address(tile) % static_cast<uint32_t>(alignment) != 0) {
+    fail_at("describes a tile at " + Machine::get().describe(reinterpret_cast<uintptr_t>(tile)),
+            __builtin_return_address(0), "not aligned to " + std::to_string(alignment) + " bytes");
+  }
+}
+
+void warpgroup_hold(const void* registers, int words) {
+  std::vector<const void*>& waiting = Machine::get().running().accumulations.not_held;
+  const auto* first = static_cast<const uint32_t*>(registers);
+  waiting.erase(
+      std::remove_if(waiting.begin(), waiting.end(),
+                     [&](const void* other) { return other >= first && other < first + words; }),
+      waiting.end());
+}
+
 void warpgroup_fence(const void* registers, int words) {
   Thread& thread = Machine::get().running();
+  warpgroup_hold(registers, words);
   const auto* first = static_cast<const uint32_t*>(registers);
   Accumulations& own = thread.accumulations;
   for (const Accumulation& running : own.under_way) {
@@ -362,6 +380,7 @@ void warpgroup_wait(int pending) {
     }
     std::copy(running.value.begin(), running.value.end(), running.registers);
     note_result(own, running);
+    own.not_held.push_back(running.registers);
     own.under_way.erase(own.under_way.begin() + static_cast<std::ptrdiff_t>(i));
   }
   for (size_t i = 0; i < own.operands.size();) {
@@ -374,6 +393,7 @@ void warpgroup_wait(int pending) {
       fail_at("waits for a product", place,
               "its left operands have been written while it was under way");
     }
+    own.not_held.push_back(left.registers);
     own.operands.erase(own.operands.begin() + static_cast<std::ptrdiff_t>(i));
   }
   thread.clock.at(Kind::kProduct) = own.waited;
@@ -389,7 +409,8 @@ void set_registers(int registers, bool raise) {
   const std::string act = std::string(raise ? "raises" : "lowers") + " its registers from " +
                           std::to_string(group.registers) + " to " + std::to_string(registers);
   if (raise ? registers < group.registers : registers > group.registers) {
-    fail_at(act, place, raise ? "raise_registers does not lower" : "lower_registers does not raise");
+    fail_at(act, place,
+            raise ? "raise_registers does not lower" : "lower_registers does not raise");
   }
   const int more = (registers - group.registers) * kWarpgroupThreads;
   while (block.free_registers < more) {

@@ -39,6 +39,7 @@ struct Accumulations {
     uint32_t group;
   };
   std::vector<Operand> operands;
+  std::vector<const void*> not_held;  // registers of products that are over, before a wait has them
   uint32_t committed = 0, waited = 0;
   uint32_t place = 0;  // of the newest product
   void clear() { *this = {}; }

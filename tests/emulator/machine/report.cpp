@@ -39,7 +39,7 @@ const char* name_of(Wait wait) {
     case Wait::kProduct:
       return "wgmma";
     case Wait::kRegisters:
-      return "set_registers";
+      return "raise_registers or lower_registers";
     case Wait::kSpin:
       return "a loop that waits for a change";
     case Wait::kEnded:

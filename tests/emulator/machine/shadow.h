@@ -21,10 +21,10 @@ constexpr int kCellBytes = 16;
 constexpr uint32_t kWholeCell = 0xFFFF;
 
 struct Access {
-  uint32_t cluster;    // of the grid
-  uint32_t time;       // of the component
-  uint16_t component;  // of the cluster's clocks
-  uint16_t mask;       // bytes of the cell
+  uint32_t cluster;     // of the grid
+  uint32_t time;        // of the component
+  uint16_t component;   // of the cluster's clocks
+  uint16_t mask;        // bytes of the cell
   uint32_t place : 31;  // see place_of
   uint32_t atomic : 1;
 };
@@ -49,10 +49,12 @@ struct ThreadOrder {
 // What is before an asynchronous access that a thread starts.
 struct EngineOrder {
   ThreadOrder starts;
-  bool all_memory;  // not the shared memory of the thread's own block
+  int rank, threads;  // of the block whose shared memory it is, -1: global memory; of a block
 
   bool has_before(const Access& earlier) const {
-    const int seen = seen_by_engine(earlier.component, all_memory, starts.clock.threads);
+    // fence_async_shared is for the shared memory of the fencing thread's own block.
+    const bool own_block = rank >= 0 && earlier.component / kKinds / threads == rank;
+    const int seen = seen_by_engine(earlier.component, !own_block, starts.clock.threads);
     if (earlier.cluster == starts.cluster) return starts.clock.knows(seen, earlier.time);
     return starts.beyond(earlier, seen);
   }
@@ -81,6 +83,7 @@ struct Accesses {
 struct Cell {
   Accesses writes, reads;
   uint16_t valid = 0, written = 0;  // masks of bytes
+  uint16_t barrier = 0;             // that are an mbarrier: not for plain accesses
 };
 
 // Memory of Accesses: handed out piece by piece, taken back all at once between grids.

@@ -18,8 +18,9 @@ constexpr uint32_t kFirstSharedAddress = 1024;
 std::pair<Block*, uintptr_t> in_cluster(uint32_t address, int bytes, const char* does,
                                         const void* place);
 
-// A generic access of eight bytes by the running thread, to its block's shared memory.
-void touch_shared_8(const void* address, bool write, const void* place);
+// The running thread makes eight bytes of its block's shared memory a barrier, or plain bytes
+// again.
+void touch_barrier(const void* address, bool makes, const void* place);
 
 // A copy starts that counts on the barrier's phase under way.
 PhaseBarrier& start_copy(const void* barrier, const void* place);

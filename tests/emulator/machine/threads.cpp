@@ -167,7 +167,10 @@ void Machine::start(Block& block) {
   block.index = static_cast<int>(block.cluster->index) * grid_.cluster + block.rank;
   block.ended = 0;
   std::memset(block.shared, 0xFF, grid_.shared_bytes);  // NaN in every format
-  for (Cell& cell : block.cells) cell.writes.count = cell.reads.count = cell.written = 0;
+  for (Cell& cell : block.cells) {
+    cell.writes.count = cell.reads.count = 0;
+    cell.written = cell.barrier = 0;
+  }
   for (Barrier& barrier : block.barriers) {
     barrier.arrived = 0;
     barrier.came.assign(grid_.threads, false);
@@ -216,7 +219,11 @@ void Machine::loop() {
         if (!cluster.running && started_ < grid_.blocks / grid_.cluster) start(cluster);
         some = some || cluster.running;
       }
-      if (!some) return;
+      if (!some) {
+        // Stores of which only the reads were waited for are done by the grid's end.
+        while (!engine_.idle()) engine_.finish_one(random_);
+        return;
+      }
       Thread* next = pick();
       if (next == nullptr) {
         // Only what goes on without threads can help.
@@ -255,6 +262,11 @@ void Machine::end_thread() {
   if (!thread.accumulations.under_way.empty()) {
     fail(name_of(thread) + " ends while a product is under way that it started at " +
          where(thread.accumulations.place) + ": it has not waited for it");
+  }
+  if (!thread.accumulations.not_held.empty()) {
+    fail(name_of(thread) + " ends, and no wgmma_wait has had the registers of a product that it " +
+         "started at " + where(thread.accumulations.place) +
+         ": the compiler may use them before the wait");
   }
   thread.wait = Wait::kEnded;
   Cluster& cluster = *thread.block->cluster;
@@ -332,6 +344,8 @@ void Machine::yield() {
 
 void Machine::spin(const void* place) {
   Thread& thread = *running_;
+  thread.wait = Wait::kSpin;
+  thread.place = place;
   if (++thread.spins == kMaxSpins) fail(stuck());
   spinning_.push_back(&thread);
   wait(Wait::kSpin, place);

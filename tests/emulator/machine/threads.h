@@ -53,7 +53,7 @@ struct Thread {
   Block* block = nullptr;
   Warp* warp = nullptr;
   Warpgroup* warpgroup = nullptr;  // null in the last warps of a block that are not four
-  int index = 0;  // in the block
+  int index = 0;                   // in the block
   int lane = 0;
   char* stack = nullptr;
   Wait wait = Wait::kNothing;
@@ -70,7 +70,7 @@ struct Thread {
   Brought product = {};
   bool between_arrive_and_wait = false;  // of the cluster's barrier
   uint32_t cluster_barrier = 0;          // which one: how many had been passed
-  uint32_t spins = 0;  // looks at something that did not change
+  uint32_t spins = 0;                    // looks at something that did not change
   const int* spin_address = nullptr;
   int spin_value = 0;
   Clock clock;
@@ -159,9 +159,9 @@ class Machine {
   void wait(Wait wait, const void* place, int detail = 0);  // until somebody calls wake
   void wake(Thread& thread);
   void wake(Warp& warp, uint32_t lanes);
-  void yield();  // lets others run, now and then
+  void yield();                                 // lets others run, now and then
   void pass_cluster_barrier(Cluster& cluster);  // if all have come
-  void spin(const void* place);  // lets others run, since the thread saw nothing new
+  void spin(const void* place);                 // lets others run, since the thread saw nothing new
   [[noreturn]] void fail(const std::string& what);
 
  private:

@@ -33,7 +33,9 @@ Kind kind_of(int component, const Clock& clock) {
   const char* towards = act.write ? "to " : copy ? "from " : "of ";
   fail_at(does + std::to_string(bytes) + (bytes == 1 ? " byte " : " bytes ") + towards +
               machine.describe(address) +
-              (kind == Kind::kProduct ? " for a product" : act.atomic ? " in one step" : ""),
+              (kind == Kind::kProduct ? " for a product"
+               : act.atomic           ? " in one step"
+                                      : ""),
           act.place, what);
 }
 
@@ -57,8 +59,8 @@ std::string name_of(const Access& access) {
            std::to_string(first_block + barrier / kBarriersOfBlock);
   }
   const int thread = access.component / kKinds;
-  const std::string name = std::to_string(thread % threads) + block +
-                           std::to_string(first_block + thread / threads);
+  const std::string name =
+      std::to_string(thread % threads) + block + std::to_string(first_block + thread / threads);
   switch (static_cast<Kind>(access.component % kKinds)) {
     case Kind::kOwn:
       return "thread " + name;
@@ -85,18 +87,16 @@ template <typename Order>
 inline void touch_cell(Cell& cell, uint32_t mask, uintptr_t address, size_t bytes, const Act& act,
                        const Order& order) {
   Machine& machine = Machine::get();
+  if ((mask & cell.barrier) != 0) fail(address, bytes, act, "a barrier is there");
   if (act.write) {
     cell.written |= static_cast<uint16_t>(mask);
   } else if ((mask & ~cell.written) != 0) {
     fail(address, bytes, act, "nobody has written all of them");
   }
   if (!machine.finds_races()) return;
-  const Access access{machine.running().block->cluster->index,
-                      act.time,
-                      static_cast<uint16_t>(act.component),
-                      static_cast<uint16_t>(mask),
-                      place_of(act.place) & 0x7FFFFFFFu,
-                      act.atomic ? 1u : 0u};
+  const Access access{machine.running().block->cluster->index, act.time,
+                      static_cast<uint16_t>(act.component),    static_cast<uint16_t>(mask),
+                      place_of(act.place) & 0x7FFFFFFFu,       act.atomic ? 1u : 0u};
   const auto found = touch(cell, access, act.write, order, machine.pool());
   if (found) race(address, bytes, act, *found);
 }
@@ -236,7 +236,7 @@ void touch_engine_shared(Block& block, uintptr_t address, size_t bytes, const Ac
   const Thread& thread = Machine::get().running();
   Cell* cell = shared_cell(block, address, bytes);
   if (cell == nullptr) out_of_bounds(address, bytes, act);
-  const EngineOrder order{order_of(thread), &block != thread.block};
+  const EngineOrder order{order_of(thread), block.rank, Machine::get().grid().threads};
   touch_cell(*cell, mask_of(address, bytes), address, bytes, act, order);
 }
 
@@ -244,7 +244,7 @@ void touch_engine_global(uintptr_t address, size_t bytes, const Act& act) {
   const uint32_t mask = mask_of(address, bytes);
   Cell* cell = Machine::get().regions().find(address);
   if (cell == nullptr || (mask & ~cell->valid) != 0) out_of_bounds(address, bytes, act);
-  const EngineOrder order{order_of(Machine::get().running()), true};
+  const EngineOrder order{order_of(Machine::get().running()), -1, Machine::get().grid().threads};
   touch_cell(*cell, mask, address, bytes, act, order);
 }
 
@@ -261,9 +261,14 @@ void touch_cluster(Block& block, uintptr_t address, size_t bytes, const Act& act
   touch_cell(*cell, mask_of(address, bytes), address, bytes, act);
 }
 
-void touch_shared_8(const void* pointer, bool write, const void* place) {
-  touch_cluster(*Machine::get().running().block, reinterpret_cast<uintptr_t>(pointer),
-                sizeof(uint64_t), own_act(write, place));
+void touch_barrier(const void* pointer, bool makes, const void* place) {
+  Block& block = *Machine::get().running().block;
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  Cell& cell = *shared_cell(block, address, sizeof(uint64_t));
+  const auto mask = static_cast<uint16_t>(mask_of(address, sizeof(uint64_t)));
+  if (!makes) cell.barrier &= static_cast<uint16_t>(~mask);
+  touch_cluster(block, address, sizeof(uint64_t), own_act(true, place));
+  if (makes) cell.barrier |= mask;
 }
 
 void touch_word(const int* pointer, bool write, const void* place) {

@@ -290,14 +290,14 @@ CASES: tuple[Callable[[], Case | NanInside], ...] = (
     lambda: varlen(
         "varlen, D 96, window, bias",
         12,
-        [(20, 90), (70, 20), (16, 64), (0, 0), (65, 65)],
+        [(0, 9), (20, 90), (70, 20), (16, 64), (0, 0), (65, 65)],
         (3, 7),
         dim=96,
         window=(12, 5),
         bias=(1, 2),
         dropout=True,
     ),
-    lambda: varlen("varlen, all short", 13, [(33, 32), (5, 1), (1, 17)], (40, 36)),
+    lambda: varlen("varlen, D 96, all short", 13, [(33, 75), (5, 1), (1, 17)], (40, 36), dim=96),
     # Queries that see nothing, with NaN in q and dout: before the first key, one alone, behind the
     # last key, one alone there.
     lambda: batched("causal, left padding", 15, 66, 66, causal=True, holes=True),
@@ -310,7 +310,7 @@ CASES: tuple[Callable[[], Case | NanInside], ...] = (
     lambda: batched("lengths beyond the last key", 21, 20, 36, lengths=[50, 36]),
     # dp and delta are equal, and so is what delta is summed from.
     lambda: batched(
-        "long, one key each", 20, 40, 40, window=(0, 0), dropout=True, loud=4.0, dlse=False
+        "long, one key each", 20, 20, 84, window=(0, 0), dropout=True, loud=4.0, dlse=False
     ),
     lambda: batched("D 8, one row", 14, 1, 1, dim=8, heads=(1, 1)),
 )

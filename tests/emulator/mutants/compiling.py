@@ -18,7 +18,7 @@ from emulator import build
 from .sites import SOURCES, Mutant, sources
 
 OVERLAY = Path(__file__).resolve().parent / "overlay"
-UNITS = ("attention", "layer_norm", "embedding_layer_norm")  # of csrc/cuda
+UNITS = ("attention", "attention_bwd_sm90", "attention_sm90", "layer_norm", "embedding_layer_norm")  # of csrc/cuda
 FOLDER = build.BUILD / "mutants"
 
 
@@ -76,7 +76,7 @@ def module_of(mutants: Sequence[Mutant]) -> Path:
     for file in sources():
         text = (SOURCES / file).read_text()
         numbered = [(n, m) for n, m in enumerate(mutants, 1) if m.file == file]
-        _write(FOLDER / "cuda" / "sm80" / file, with_choices(text, numbered))
+        _write(FOLDER / "cuda" / file, with_choices(text, numbered))
     python = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
     overlaid = ("-Og", "-w", f"-I{FOLDER}", f"-I{OVERLAY}")
     units = [(path, build.MACHINE) for path in sorted((build.HERE / "machine").glob("*.cpp"))]

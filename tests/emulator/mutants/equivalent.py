@@ -11,7 +11,7 @@ class Equivalent:
 
     Attributes:
         argument: one sentence.
-        file: in csrc/cuda/sm80, or what their names begin with.
+        file: in csrc/cuda, or what their names begin with.
         before: the text that is replaced.
         afters: what it is replaced by; empty: whatever it is.
         source: what the line of it has.
@@ -82,9 +82,10 @@ _SKIPPED = "What is loaded is skipped below: there is no key, or the segment is 
 _ONE_BY_ONE = "A shortcut: the columns are looked at one by one, and none is past the end."
 _STORES_NOTHING = "store_vector stores nothing in columns that do not exist."
 
-_QUERIES, _KEYS, _BIAS = (f"attention_bwd_{x}.cuh" for x in ("queries", "keys", "bias"))
-_FWD, _SCORE = "attention_fwd.cuh", "attention_score.cuh"
-_TABLES = "embedding_layer_norm_tables.cuh"
+_QUERIES, _KEYS, _BIAS = (f"sm80/attention_bwd_{x}.cuh" for x in ("queries", "keys", "bias"))
+_FWD, _SCORE = "sm80/attention_fwd.cuh", "attention_score.cuh"
+_KERNELS, _BACKWARD = "sm80/attention", "sm80/attention_bwd"
+_ROW, _TABLES = "sm80/layer_norm_row.cuh", "sm80/embedding_layer_norm_tables.cuh"
 _FAR_AWAY = "A side that is 2^30 from the diagonal is as open as one that is 2^30 from 0."
 
 
@@ -94,27 +95,18 @@ def _one(argument: str, file: str, before: str, *afters: str, source: str = "") 
 
 EQUIVALENT: tuple[Equivalent, ...] = (
     # Which tiles are walked over.
-    _one(_STRICTER_WHOLE, _FWD, "first_q + Tile::kRows < s.len_q"),
     _one(_STRICTER_WHOLE, _BIAS, "first_q + Tile::kRows < s.len_q"),
     _one(
         _MORE_TILES_DELTA,
-        _QUERIES,
-        "first_q + Tile::kRows < s.len_q",
+        _SCORE,
+        "first_q + kRows < s.len_q",
         "true",
-        "first_q + Tile::kRows + 1 < s.len_q",
+        "first_q + kRows + 1 < s.len_q",
     ),
+    _one(_MORE_TILES_DELTA, _SCORE, "end_q + s.high < s.len_k", "end_q + s.high + 1 < s.len_k"),
+    _one(_MORE_TILES_DELTA, _SCORE, "end_key > first_key", "true", "end_key >= first_key"),
     _one(_STRICTER_WHOLE, _KEYS, "first_k + Tile::kRows < s.len_k"),
     _one(_STRICTER_WHOLE, _KEYS, "first_q + kQueries < s.len_q"),
-    _one(_MORE_TILES, _FWD, "first_q + s.low > 0", "false"),
-    _one(_MORE_TILES, _FWD, "end_q + s.high < s.len_k", "false"),
-    *(
-        equivalent
-        for argument, file in ((_MORE_TILES, _FWD), (_MORE_TILES_DELTA, _QUERIES))
-        for equivalent in (
-            _one(argument, file, "end_q + s.high < s.len_k", "end_q + s.high + 1 < s.len_k"),
-            _one(argument, file, "end_key > first_key", "true", "end_key >= first_key"),
-        )
-    ),
     _one(_MORE_TILES, _QUERIES, "first_tile < end_tile", "true", "first_tile <= end_tile"),
     _one(_MORE_TILES, _KEYS, "first_k - s.high < 0", "first_k - s.high + 1 < 0"),
     _one(_MORE_TILES, _KEYS, "last_query > first_query", "true", "last_query >= first_query"),
@@ -122,18 +114,18 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     _one(_MORE_TILES, _BIAS, "first_k >= s.len_k"),
     _one(_MORE_TILES, _BIAS, "first_k > end_q - 1 + s.high"),
     _one(_MORE_TILES, _BIAS, "first_k + kKeys - 1 < first_q + s.low"),
-    _one(_NO_ROWS, _FWD, "first_q >= s.len_q"),
+    _one(_NO_ROWS, _FWD, "first_q >= end_q"),
     _one(_NO_ROWS, _KEYS, "first_k >= s.len_k", "first_k > s.len_k"),
     _one(
         _TWICE,
-        "attention_bwd",
+        _BACKWARD,
         "s.len_k < a.least_keys",
         "false",
         "s.len_k + 1 < a.least_keys",
     ),
     _one(_TWICE, _KEYS, "s.len_k > a.most_keys", "false"),
     # Masks that others make up for.
-    _one(_MASKED_ANYWAY, "attention", "end_k <= s.len_k", "end_k < s.len_k"),
+    _one(_MASKED_ANYWAY, _SCORE, "end_k <= s.len_k", "end_k < s.len_k"),
     _one(
         _MASKED_ANYWAY,
         _SCORE,
@@ -147,7 +139,7 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "end_k - 1 < first_q + s.high",
     ),
     *(
-        _one(_MASKED_ANYWAY, "attention", f"sees_all(s, kept, {given})", "false")
+        _one(_MASKED_ANYWAY, _KERNELS, f"sees_all(s, kept, {given})", "false")
         for given in (
             "first_q, end_q, first_k, first_k + kKeys",
             "first_q, end_q, first_k, first_k + Tile::kRows",
@@ -159,8 +151,8 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     Equivalent(_OWN_SCORES, _KEYS, "kept", ("nullptr",), ordinal=2),
     _one(_CHOSEN_ZERO, _QUERIES, "row_lse != -kInfinity", "true"),
     _one(_CHOSEN_ZERO, _QUERIES, "lse[half] != kInfinity", "true"),
-    _one(_CHOSEN_ZERO, "attention_bwd", "score != -kInfinity", "true"),
-    _one(_CHOSEN_ZERO, "attention_bwd", "!seen", "false"),
+    _one(_CHOSEN_ZERO, _BACKWARD, "score != -kInfinity", "true"),
+    _one(_CHOSEN_ZERO, _BACKWARD, "!seen", "false"),
     _one(_CHOSEN_ZERO, _KEYS, "s.high < 0", "s.high <= 0"),
     _one(_NOT_STORED, _QUERIES, "i < s.len_q", "true", "i <= s.len_q", source="rows[r].set("),
     _one(
@@ -179,7 +171,7 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         for side in ("left", "right")
     ),
     *(
-        _one(_SAME_GROUP, "attention", row, f"{row} ^ 8u")
+        _one(_SAME_GROUP, _KERNELS, row, f"{row} ^ 8u")
         for row in (
             "static_cast<uint32_t>(first_q + row + g)",
             "static_cast<uint32_t>(i)",
@@ -212,10 +204,10 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     _one(_ZERO_EITHER_WAY, _SCORE, "x < 0.0f", "x <= 0.0f"),
     _one(_NAN_STAYS, _SCORE, "x != x", "false", source="-y"),
     # LayerNorm and embeddings.
-    _one(_ONE_BY_ONE, "layer_norm_row.cuh", "column + kVector <= cols"),
-    _one(_ZERO_EITHER_WAY, "layer_norm_row.cuh", "variance < 0.0f", "variance <= 0.0f"),
-    _one(_ZERO_EITHER_WAY, "embedding_layer_norm_row.cuh", "id < 0", "id <= 0"),
-    _one(_ZERO_EITHER_WAY, "embedding_layer_norm_row.cuh", "id < size", "id + 1 < size"),
+    _one(_ONE_BY_ONE, _ROW, "column + kVector <= cols"),
+    _one(_ZERO_EITHER_WAY, _ROW, "variance < 0.0f", "variance <= 0.0f"),
+    _one(_ZERO_EITHER_WAY, "sm80/embedding_layer_norm_row.cuh", "id < 0", "id <= 0"),
+    _one(_ZERO_EITHER_WAY, "sm80/embedding_layer_norm_row.cuh", "id < size", "id + 1 < size"),
     _one(_NO_KEYS_LEFT, _TABLES, "start < last", "start <= last"),
     _one(_NO_KEYS_LEFT, _TABLES, "start + batch < last", "start + batch <= last"),
     _one(_SKIPPED, _TABLES, "key[u] != a.padding_row", "true", source="wanted"),

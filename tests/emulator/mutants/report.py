@@ -7,8 +7,8 @@ from .sites import RULES, Mutant, sources
 
 HEAD = """# Deliberately wrong CUDA kernels, and what finds them
 
-Written by `make mutants` from the sources in `csrc/cuda/sm80/`; not edited by hand. Every call site
-of the kinds below was made wrong, one at a time (`tests/emulator/mutants/sites.py`), and run on the
+Written by `make mutants` from the kernels in `csrc/cuda/`; not edited by hand. Every call site of
+the kinds below was made wrong, one at a time (`tests/emulator/mutants/sites.py`), and run on the
 emulator with small calls of every option (`attention_cases.py`, `norm_cases.py` beside it) until
 the first failed. The same calls pass on the sources as they are. A mutant is caught because
 
@@ -19,15 +19,19 @@ the first failed. The same calls pass on the sources as they are. A mutant is ca
 """
 
 KINDS = {
-    "barrier": "a block's or a warp's barrier removed",
-    "wait": "a wait for copies removed, or for one group fewer",
-    "commit": "a commit of copies removed",
-    "shuffle": "a shuffle with another lane, a step of a reduction missing",
+    "barrier": "a barrier or an arrival removed, one more or one fewer expected, another's turn",
+    "wait": "a wait for copies, products or a barrier's phase removed, or for one group fewer",
+    "commit": "a commit of copies or of products removed",
+    "fence": "a fence removed: of registers, between the proxies, of barriers' initialisation",
+    "phase": "a barrier's other phase waited for",
+    "copy": "a tile's copy from or to the row, head or sequence beside, bytes miscounted",
+    "operand": "a product of what lies beside, or of another's rows; not started anew",
+    "shuffle": "a shuffle with another lane, a step of a reduction missing, a vote of one lane",
     "stage": "the wrong stage of shared memory, the wrong tile copied",
     "swizzle": "one access to a tile without its swizzle, or a row or chunk beside",
     "bound": "a comparison off by one, or left out",
-    "mask": "a mask of scores, copies or columns left out",
-    "guard": "a comparison for equality left out",
+    "mask": "a mask of scores, copies, rows or columns left out",
+    "guard": "a comparison for equality left out, a lane's task done by all",
     "dropout": "another row's, column's or head's bits, the scale missing",
     "update": "a term of a sum, or a factor, missing",
 }

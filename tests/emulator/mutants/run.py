@@ -20,8 +20,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator
+from itertools import chain, product
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,9 +50,18 @@ _CASES: dict[str, tuple[Callable[[], Any], ...]] = {
 
 def _ops_of(file: str) -> tuple[str, ...]:
     """Whose cases a kernel's file is run with."""
-    if file.startswith("layer_norm"):
+    name = Path(file).name
+    if name.startswith("layer_norm"):
         return "layer_norm", "embedding_layer_norm"  # the second is built from the first's parts
-    return ("attention",) if file.startswith("attention") else ("embedding_layer_norm",)
+    is_attention = name.startswith("attention") or file.startswith("sm90")
+    return ("attention",) if is_attention else ("embedding_layer_norm",)
+
+
+def _capabilities_of(file: str) -> tuple[int, ...]:
+    """On what devices the file's kernels run."""
+    if file.startswith("sm90"):
+        return (90,)
+    return (80,) if file.startswith("sm80") else (80, 90)
 
 
 # By what a mutant is caught, from what the machine says.
@@ -100,20 +109,24 @@ class Bench:
         """In a process of its own: runs the cases until the first that fails, sends what came
         out. A loop without an end ends the process."""
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
-        names, seeds = self.cases.keys(), SOUND_SEEDS
+        names, seeds, capabilities = self.cases.keys(), SOUND_SEEDS, (80, 90)
         if mutant is not None:
             self.choose(self.numbers[mutant])
             names, seeds = _ops_of(mutant.file), self.seeds
-        sender.send(self._first_failure(chain(*(self.cases[name] for name in names)), seeds))
+            capabilities = _capabilities_of(mutant.file)
+        cases = list(chain(*(self.cases[name] for name in names)))
+        sender.send(self._first_failure(cases, seeds, capabilities))
 
     @staticmethod
-    def _first_failure(cases: Iterable[Case], seeds: int) -> tuple[str, str, str]:
+    def _first_failure(
+        cases: list[Case], seeds: int, capabilities: tuple[int, ...]
+    ) -> tuple[str, str, str]:
         """(how, case, message)"""
-        cases = list(cases)
-        for seed in range(seeds):
+        for seed, capability in product(range(seeds), capabilities):
             for case in cases:
+                emulator = emulated.emulated(seed, capability=capability)
                 try:
-                    with bertkern.backend("cuda"), emulated.emulated(seed):
+                    with bertkern.backend("cuda"), emulator:
                         case.check()
                 except AssertionError as error:
                     return "tolerance", case.name, str(error)

@@ -1,8 +1,9 @@
 """Finds the call sites of the CUDA kernels that can be wrong, and makes one wrong variant of each.
 
-The text of csrc/cuda/sm80/*.cuh is searched by the rules of RULES: a rule finds places of one kind
-and says what could stand there instead. What the compiler decides (template parameters,
-static_assert, if constexpr, loops of constant length) and host functions are no sites.
+The text of the *.cuh in csrc/cuda is searched by the rules of RULES: a rule finds places of one
+kind and says what could stand there instead. What the compiler decides (template parameters,
+static_assert, if constexpr, loops of constant length) and host functions are no sites, nor is what
+only tells it something (ptx::hold, of_warp, registers) or the memory (ptx::tma_prefetch).
 """
 
 import re
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-SOURCES = ROOT / "csrc" / "cuda" / "sm80"
+SOURCES = ROOT / "csrc" / "cuda"
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Mutant:
 
     Attributes:
         kind: the rule that found it.
-        file: in csrc/cuda/sm80.
+        file: in csrc/cuda.
         start: where `before` begins in the file's text.
         line: counted from 1.
         before, after: the text and its replacement.
@@ -123,7 +124,7 @@ def _operand_end(code: str, at: int) -> int:
 
 def calls(*names: str) -> re.Pattern:
     """Calls of these functions, with their parenthesis as the last character."""
-    return re.compile(rf"\b(?:{'|'.join(names)})(?:<[\w:]+>)?\(")
+    return re.compile(rf"\b(?:{'|'.join(names)})(?:<[\w:, ]+>)?\(")
 
 
 def _statements(pattern: str, *others: Callable[[re.Match], str]) -> Callable[[str], Found]:
@@ -147,13 +148,13 @@ def _texts(pattern: str, *others: str) -> Callable[[str], Found]:
 
 
 def _argument(name: str, index: int, *others: str) -> Callable[[str], Found]:
-    """An argument of every call of a function, {} in `others`."""
+    """An argument of every call of a function (-1: the last), {} in `others`."""
 
     def find(code: str) -> Found:
         for match in calls(name).finditer(code):
             before = code[max(0, match.start() - 60) : match.start()]
-            if re.search(r"BERTKERN_DEVICE [\w:&* ]*$", before):
-                continue  # the definition
+            if re.search(r"BERTKERN_DEVICE [\w:&* ]*$|\.$", before):
+                continue  # the definition, or a member
             given = arguments(code, match.end() - 1)
             if index < len(given):
                 at, text = given[index]
@@ -162,22 +163,28 @@ def _argument(name: str, index: int, *others: str) -> Callable[[str], Found]:
     return find
 
 
+def _whole_calls(name: str) -> Callable[[str], Found]:
+    """Calls as statements, whatever stands in their parentheses: removed."""
+
+    def find(code: str) -> Found:
+        for match in calls(name).finditer(code):
+            end = closing(code, match.end() - 1) + 1
+            if code[end] == ";":  # not the definition
+                yield match.start(), code[match.start() : end + 1], [";"]
+
+    return find
+
+
 def _swizzles(code: str) -> Found:
     """Of each call of chunk_offset alone, so that writer and reader disagree: no swizzle, the
     neighbouring row, the neighbouring chunk."""
-    for match in re.finditer(r"\bchunk_offset<(\w+)>\(", code):
+    for match in re.finditer(r"\bchunk_offset<([\w:, ]+)>\(", code):
         (_, row), (_, chunk) = arguments(code, match.end() - 1)
         end = closing(code, match.end() - 1) + 1
-        call, columns = code[match.start() : end], match[1]
-        yield (
-            match.start(),
-            call,
-            [
-                f"(({row}) * {columns} * 2 + (({chunk}) << 4))",
-                f"chunk_offset<{columns}>(({row}) ^ 1, {chunk})",
-                f"chunk_offset<{columns}>({row}, ({chunk}) ^ 1)",
-            ],
-        )
+        call, tile = code[match.start() : end], match[1]
+        plain = [] if "," in tile else [f"(({row}) * {tile} * 2 + (({chunk}) << 4))"]
+        others = [f"chunk_offset<{tile}>(({row}) ^ 1, {chunk})"]
+        yield match.start(), call, [*plain, *others, f"chunk_offset<{tile}>({row}, ({chunk}) ^ 1)"]
 
 
 def _in_for_header(code: str, at: int) -> bool:
@@ -246,23 +253,65 @@ def _updates(code: str) -> Found:
 
 
 def _conditions(code: str) -> Found:
-    """Of a choice by a name: as if it held."""
-    named = r"(?:valid|inside|seen|wanted|clear|keep(?:\[\w+\]\[\w+\])?)"
+    """Of a choice by a name: as if it held; of a statement's, also as if it did not."""
+    named = r"(?:valid|inside|seen|wanted|clear|keep(?:\[\w+\]\[\w+\])?|next|odd|capped)"
     for match in re.finditer(rf"\b({named}) \? ", code):
         yield match.start(), match[1], ["true"]
-    for match in re.finditer(rf"(?<=[( ])!{named}(?=[) ])", code):
+    for match in re.finditer(rf"(?<=[( ])!(?:{named}|whole|all_keys|any)(?=[); ])", code):
         yield match.start(), match[0], ["false"]
+    for match in re.finditer(r"(?<=\bif \()(?!k[A-Z])[a-z][\w.]*(?=\))", code):
+        yield match.start(), match[0], ["false", "true"]
 
 
 _N_PLUS_1 = (lambda m: f"ptx::copy_async_wait<{int(m[1]) + 1}>();",)
+
+_CALL = r"\([^;]*\);"  # of a statement
 
 RULES: dict[str, tuple[Callable[[str], Found], ...]] = {
     "barrier": (
         _statements(r"\bptx::block_barrier\(\);"),
         _statements(r"\bptx::warp_barrier\(\);"),
+        _statements(rf"\bptx::named_barrier_(?:sync|arrive){_CALL}"),
+        _statements(rf"(?<!void )\b(?:ptx::barrier_arrive|arrive_as_warp){_CALL}"),
+        _argument("ptx::barrier_init", 1, "({}) + 1", "({}) - 1"),
+        _texts(r"(?<=\()1 \+ group\b", "2 - group"),
+        _texts(r"(?<=\()2 - group\b", "1 + group"),
     ),
-    "wait": (_statements(r"\bptx::copy_async_wait<(\d+)>\(\);", *_N_PLUS_1),),
-    "commit": (_statements(r"\bptx::copy_async_commit\(\);"),),
+    "wait": (
+        _statements(r"\bptx::copy_async_wait<(\d+)>\(\);", *_N_PLUS_1),
+        _statements(rf"\bptx::barrier_wait{_CALL}"),
+        _statements(rf"\bptx::wgmma_wait<\d+>{_CALL}"),
+    ),
+    "commit": (
+        _statements(r"\bptx::copy_async_commit\(\);"),
+        _statements(r"\bptx::wgmma_commit\(\);"),
+    ),
+    "fence": (
+        _statements(rf"\bptx::wgmma_fence{_CALL}"),
+        _statements(r"\bptx::fence_async_shared\(\);"),
+        _statements(r"\bptx::barrier_init_fence\(\);"),
+    ),
+    "phase": (
+        _texts(r"\b(\w*stage\.parity) \^ 1\b", r"\1"),
+        _texts(r"\b\w*stage\.parity\b(?! \^)", r"(\g<0> ^ 1)"),
+        _texts(r"(?<=, )landed(?=\);)", "landed ^ 1"),
+        _texts(r"\(parities >> stage\.index\) & 1(?=\);)", r"(\g<0>) ^ 1"),
+    ),
+    "copy": (
+        _argument("ptx::barrier_arrive_expect_bytes", 1, "({}) - 16", "({}) + 16"),
+        _argument("ptx::barrier_expect_bytes", 1, "({}) - 16", "({}) + 16"),
+        *(_argument("load_tile", index, "({}) + 1") for index in (2, 3, 4)),
+        _texts(r"\bpart \* Tile::kSpan\b(?=, head)", "0"),
+        _argument("store_rows", 2, "({}) ^ 16"),
+        _argument("store_rows", 5, "({}) + 1"),
+        _argument("store_rows", 6, "({}) + 1"),
+        _argument("store_rows", 7, "({}) + 8"),
+    ),
+    "operand": (
+        _argument("advance", -1, "({}) + 32"),
+        _texts(r"\b(?:k|step) > 0(?=,\s*T\{)", "true"),
+        _texts(r"\bgroup \* 64 \* Tile::kSpanBytes\b", "0"),
+    ),
     "shuffle": (
         _argument("ptx::shuffle_xor", 1, "{0} == 1 ? 2 : {0} / 2"),
         _argument("ptx::shuffle_index", 1, "({}) ^ 1"),
@@ -270,32 +319,34 @@ RULES: dict[str, tuple[Callable[[str], Found], ...]] = {
         _texts(r"\bmask < 32\b", "mask < 16"),
         _texts(r"(?<=\bmask = )ptx::kWarpThreads / 2\b", "ptx::kWarpThreads / 4"),
         _texts(r"\bmask > 0\b", "mask > 1"),
+        _texts(r"(?<!!)\bptx::vote_any\((\w+)\)", r"\1"),
+        _texts(r"!ptx::vote_any\((\w+)\)", r"!\1", "true"),
     ),
     "stage": (
         _texts(r"\b\w+ % Tile::kStages\b", "0"),
         _texts(r"\bcopy_(keys|queries)\((tile|step) \+ 1\)", r"copy_\1(\2)"),
         _texts(r"\bturn \* 2\b", "0"),
+        _texts(r"\b\w*stage\.advance\(\)", "(void)0"),
     ),
     "swizzle": (_swizzles,),
     "bound": (_bounds,),
     "mask": (
         _conditions,
+        _whole_calls("clear_rows"),
         _texts(r"\bcounts\(first \+ row\)", "true"),
         _texts(r"(?<=, )valid(?=\);)", "true"),
         _texts(r"(?<=\bKeptKeys\{)kept(?=\})", "nullptr"),
         _texts(r"(\bcopy_rows<[^;]*, )sees_some\);", r"\1AllRows{});"),
         _texts(r"(?<=[&(:] )sees\(s, kept, i, j\)|(?<=\| )sees\(s, kept, i, j\)", "true"),
-        _texts(r"(?<== )sees_all\([^;]*\)(?=;)", "true", "false"),
+        _texts(r"(?<!bool )\bsees_all\([^;]*\)(?=;)", "true", "false"),
         _texts(r"(?<=!)is_read\([^;&|]*?\)(?=\)?;)", "true", "false"),
         _texts(r"!exist\b", "false"),
         _texts(r"\bnearest_row\((id), [^;]*?\)(?=;)", r"static_cast<int>(\1)"),
     ),
-    "guard": (_guards,),
+    "guard": (_guards, _texts(r"\bptx::elect_one\(\)", "true")),
     "dropout": (
-        _texts(r"(?<== )kHashMulB(?=;)", "kHashMulC"),
-        _texts(r"(?<== )kHashMulC(?=;)", "kHashMulB"),
-        _texts(r"\((low|high) & 0xFFFFu\)", r"(\1 >> 16)"),
-        _texts(r"\((low|high) >> 16\)", r"(\1 & 0xFFFFu)"),
+        _texts(r"\bhigh \? kHashMulC : kHashMulB\b", "kHashMulB", "kHashMulC"),
+        _texts(r"\(\(product << 16\) \^ product\)", "(product << 16)", "product"),
         _texts(r"\bkeep\[(high|next)\]\[(\w+)\]", r"keep[1 - \1][\2]", r"keep[\1][1 - (\2)]"),
         _argument("kept_scores", 1, "{} + 1"),
         _argument("dropout_row", 1, "{} + 1", "{} ^ 8u"),
@@ -312,15 +363,19 @@ RULES: dict[str, tuple[Callable[[str], Found], ...]] = {
 
 # What no source may call where no mutant is made of it.
 WATCHED = (
+    *("named_barrier_sync", "named_barrier_arrive", "barrier_wait", "barrier_arrive"),
+    *("barrier_expect_bytes", "barrier_arrive_expect_bytes", "arrive_as_warp", "wgmma_fence"),
+    *("wgmma_commit", "wgmma_wait", "fence_async_shared", "barrier_init_fence", "load_tile"),
     *("block_barrier", "warp_barrier", "copy_async_wait", "copy_async_commit", "copy_async_16"),
     *("shuffle_xor", "shuffle_index", "chunk_offset", "sees", "sees_all", "kept_scores"),
     *("dropout_row", "hidden_row", "drop_vector", "KeptKeys", "counts", "is_read", "vote_any"),
+    *("clear_rows", "store_rows", "elect_one", "advance"),
 )
 
 
 def sources() -> list[str]:
     """The files that mutants are made of."""
-    return sorted(path.name for path in SOURCES.glob("*.cuh"))
+    return sorted(path.relative_to(SOURCES).as_posix() for path in SOURCES.rglob("*.cuh"))
 
 
 def mutants() -> list[Mutant]:

@@ -11,10 +11,15 @@ namespace bertkern::ptx {
 
 template <Swizzle kSwizzle, int kLeadingBytes, int kStrideBytes>
 BERTKERN_DEVICE MatrixDescriptor describe_tile(const void* tile) {
+  emulator::check_tile(tile, swizzle_alignment(kSwizzle));
   return matrix_descriptor<kSwizzle, kLeadingBytes, kStrideBytes>(shared_address(tile));
 }
 
-BERTKERN_DEVICE void hold(MatrixDescriptor&) {}
+// The compiler here moves nothing across calls; that products' registers are held is checked.
+template <typename Registers>
+BERTKERN_DEVICE void hold(Registers& registers) {
+  emulator::warpgroup_hold(&registers, sizeof(registers) / 4);
+}
 
 template <typename... Registers>
 BERTKERN_DEVICE void wgmma_fence(Registers&... registers) {
@@ -27,7 +32,7 @@ template <int kPending, typename... Registers>
 BERTKERN_DEVICE void wgmma_wait(Registers&... registers) {
   static_assert(kPending >= 0 && kPending <= 7, "wgmma.wait_group takes 0 to 7");
   emulator::warpgroup_wait(kPending);
-  (static_cast<void>(registers), ...);
+  (hold(registers), ...);
 }
 
 template <int kTiles, typename T>
@@ -55,8 +60,8 @@ template <bool kTransposeB, typename T, int kTiles>
 BERTKERN_DEVICE void wgmma(float (&d)[kTiles][4], const uint32_t (&a)[4], MatrixDescriptor b,
                            bool accumulate, T) {
   static_assert(is_wgmma<kTiles, T>(), "N is one of 32, 64, 96, 128, 192 and 256");
-  emulator::warpgroup_product(
-      &d[0][0], 4 * kTiles, {0, b.bits, a, false, kTransposeB, accumulate, format_of<T>()});
+  emulator::warpgroup_product(&d[0][0], 4 * kTiles,
+                              {0, b.bits, a, false, kTransposeB, accumulate, format_of<T>()});
 }
 
 }  // namespace bertkern::ptx

@@ -15,6 +15,7 @@ struct Launch {
   int64_t blocks;
   int threads;
   int shared_bytes;
+  int cluster = 1;
 };
 
 struct DeviceGuard {

@@ -8,18 +8,39 @@
 //        in dq and a warp without any, swizzles of 32 and (dsᵀ) 16 columns
 #pragma once
 
-#include "common/attention_params.h"
-#include "common/dtype.h"
-#include "ptx/memory.cuh"
+#define with_tiles every_tile
+#include_next "cuda/attention_table.h"
+#undef with_tiles
 
 namespace bertkern::cuda {
 
-template <AttentionVariant kValue>
-struct VariantConstant {
-  static constexpr AttentionVariant value = kValue;
+// Of Hopper's kernels, all by 32 keys or queries:
+//
+//   64   two warpgroups that take turns forward, one with options; in the backward one warpgroup,
+//        64 keys that are all of a sequence's, and more
+//   96   one warpgroup forward, two with options; in the backward two that share three parts of dq,
+//        up to 128 keys; with options any number of keys, as more of them
+struct SmallHopperTiles64 {
+  using Fwd = WarpgroupTile<64, 2, 32, 2>;
+  using FwdGeneral = WarpgroupTile<64, 1, 32, 2>;
+  using BwdShort = WarpgroupTile<64, 1, 64, 2, Swizzle::k64>;
+  using BwdShortGeneral = BwdShort;
+  using BwdKeys = WarpgroupTile<64, 1, 32, 2>;
+  using BwdKeysGeneral = BwdKeys;
+  using BwdQueries = WarpgroupTile<64, 1, 32, 2>;
+};
+struct SmallHopperTiles96 {
+  using Fwd = WarpgroupTile<96, 1, 32, 2>;
+  using FwdGeneral = WarpgroupTile<96, 2, 32, 2>;
+  using BwdShort = WarpgroupTile<96, 2, 64, 2>;
+  using BwdShortGeneral = void;
+  using BwdKeys = WarpgroupTile<96, 2, 32, 2>;
+  using BwdKeysGeneral = BwdKeys;
+  using BwdQueries = WarpgroupTile<96, 2, 32, 2>;
 };
 
 struct SmallTiles64 {
+  using Hopper = SmallHopperTiles64;
   using Fwd = AttentionTile<64, 2, 2, 32>;
   using FwdGeneral = Fwd;
   using BwdShort = AttentionTile<64, 2, 1, 32>;
@@ -29,6 +50,7 @@ struct SmallTiles64 {
 };
 
 struct SmallTiles96 {
+  using Hopper = SmallHopperTiles96;
   using Fwd = AttentionTile<96, 2, 1, 16>;
   using FwdGeneral = Fwd;
   using BwdShort = AttentionTile<96, 5, 1, 16>;
@@ -41,15 +63,6 @@ template <typename Body>
 void with_tiles(DType, int head_dim, Body body) {
   if (head_dim <= 64) return body(ptx::half{}, SmallTiles64{});
   body(ptx::half{}, SmallTiles96{});
-}
-
-// The plain variant is that with dropout, but for what is not compiled into it.
-template <typename Body>
-void with_variant(const AttentionKernelArguments& a, Body body) {
-  if (a.bias_kind != DeviceBias::kNone || a.softcap != 0.0f || !(a.scale > 0.0f)) {
-    return body(VariantConstant<AttentionVariant::kGeneral>{});
-  }
-  body(VariantConstant<AttentionVariant::kDropout>{});
 }
 
 }  // namespace bertkern::cuda

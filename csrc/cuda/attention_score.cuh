@@ -1,14 +1,27 @@
-// Which sequence a block works on, which scores count, and what a score is: bias, cap, dropout.
+// What the attention kernels of all architectures share: which sequence, head and tile a block
+// works on, which scores count, and what a score is: bias, cap, dropout.
 //
 // Query i sees key j when j < len_k, low <= j - i <= high and the key is not padding. Scores come
 // in natural units or, on the plain path, as the products themselves: `scale` and log2(e) are one
-// factor of the exponent there.
+// factor of the exponent there. A score's fragment is that of ptx/mma.cuh and ptx/wgmma.cuh: lane
+// 4g + t holds rows g and g + 8, columns 2t and 2t + 1.
 #pragma once
 
+#include "common/attention_params.h"
 #include "common/dropout.h"
-#include "cuda/sm80/attention_tile.cuh"
+#include "ptx/math.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/thread.cuh"
 
-namespace bertkern::sm80 {
+namespace bertkern::cuda {
+
+// Unsigned inside: the compiler then knows of each bit, and divides by powers of two in one step.
+BERTKERN_DEVICE int lane_index() {
+  return static_cast<int>(static_cast<uint32_t>(ptx::thread_index()) % ptx::kWarpThreads);
+}
+BERTKERN_DEVICE int warp_index() {
+  return static_cast<int>(static_cast<uint32_t>(ptx::thread_index()) / ptx::kWarpThreads);
+}
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -44,6 +57,32 @@ BERTKERN_DEVICE Sequence sequence_of(const AttentionKernelArguments& a, int inde
     s.len_k = length < s.len_k ? length : s.len_k;
   }
   return s;
+}
+
+// A tile of queries of a head, and the tiles of keys that some of them see.
+struct QueryTile {
+  Sequence s;
+  int index, head;           // of the sequence in the batch
+  int first_q, end_q;        // none where first_q >= end_q
+  int first_tile, end_tile;  // of keys
+};
+
+template <int kRows, int kKeys>
+BERTKERN_DEVICE QueryTile query_tile(const AttentionKernelArguments& a, int index, int head,
+                                     int tile) {
+  const Sequence s = sequence_of(a, index);
+  const int first_q = tile * kRows;
+  const int end_q = first_q + kRows < s.len_q ? first_q + kRows : s.len_q;
+  const int first_key = first_q + s.low > 0 ? first_q + s.low : 0;
+  const int end_key = end_q + s.high < s.len_k ? end_q + s.high : s.len_k;
+  const int first_tile = first_key / kKeys;
+  const int end_tile = end_key > first_key ? (end_key + kKeys - 1) / kKeys : first_tile;
+  return {s, index, head, first_q, end_q, first_tile, end_tile};
+}
+
+// The head of k and v that a head of q reads.
+BERTKERN_DEVICE int key_head_of(const AttentionKernelArguments& a, int head) {
+  return head / a.group;
 }
 
 // Row 0 of a sequence's head in a tensor.
@@ -126,6 +165,16 @@ BERTKERN_DEVICE float tanh_of(float x) {
   return x < 0.0f ? -y : (x != x ? x : y);
 }
 
+// What a bias makes of a score in natural units; `at` is its element.
+BERTKERN_DEVICE float masked(const ScoreOptions& o, float score, int64_t at) {
+  return static_cast<const uint8_t*>(o.bias)[at] != 0 ? score : -kInfinity;
+}
+template <typename Bias>
+BERTKERN_DEVICE float biased(const ScoreOptions& o, float score, int64_t at) {
+  const float bias = ptx::to_float(static_cast<const Bias*>(o.bias)[at]);
+  return bias == -kInfinity ? bias : score + bias;
+}
+
 // score = softcap · tanh(scale · product / softcap) + bias in natural units, -Inf where a bool bias
 // is False. i, j are inside the sequence. `derivative`: of the capped product by scale · product.
 template <typename T>
@@ -140,13 +189,8 @@ BERTKERN_DEVICE float score_of(const ScoreOptions& o, float product, int i, int 
   }
   if (o.kind == DeviceBias::kNone) return x;
   const int64_t at = i * o.query_stride + j * o.key_stride;
-  if (o.kind == DeviceBias::kMask) {
-    return static_cast<const uint8_t*>(o.bias)[at] != 0 ? x : -kInfinity;
-  }
-  const float bias = o.kind == DeviceBias::kFloat32
-                         ? static_cast<const float*>(o.bias)[at]
-                         : ptx::to_float(static_cast<const T*>(o.bias)[at]);
-  return bias == -kInfinity ? bias : x + bias;
+  if (o.kind == DeviceBias::kMask) return masked(o, x, at);
+  return o.kind == DeviceBias::kFloat32 ? biased<float>(o, x, at) : biased<T>(o, x, at);
 }
 
 BERTKERN_DEVICE DropoutStream dropout_stream_of(const AttentionKernelArguments& a, int index,
@@ -156,19 +200,48 @@ BERTKERN_DEVICE DropoutStream dropout_stream_of(const AttentionKernelArguments& 
                         static_cast<uint32_t>(head));
 }
 
-// Which of the four scores {i, i ^ 8} x {j, j ^ 8} are kept: kept[bit 3 of i][bit 3 of j]. `row` is
-// dropout_row of i or of i ^ 8. A thread holds all four in two neighbouring fragments of 16 x 8,
-// whether queries or keys are its rows.
-BERTKERN_DEVICE void kept_scores(DropoutRow row, int j, uint32_t threshold, bool (&kept)[2][2]) {
-  const uint32_t group = dropout_group(static_cast<uint32_t>(j));
-  row.multiplier = kHashMulB;
-  const uint32_t low = dropout_pair(row, group);
-  row.multiplier = kHashMulC;
-  const uint32_t high = dropout_pair(row, group);
-  kept[0][0] = (low & 0xFFFFu) >= threshold;
-  kept[0][1] = (low >> 16) >= threshold;
-  kept[1][0] = (high & 0xFFFFu) >= threshold;
-  kept[1][1] = (high >> 16) >= threshold;
+// Which of four scores are kept, {i, i ^ 8} x the two columns of a group: kept[bit 3 of i][bit 3 of
+// j]. `row` is dropout_row of i or of i ^ 8. A thread holds all four in two neighbouring fragments
+// of 16 x 8, whether queries or keys are its rows.
+BERTKERN_DEVICE void kept_in_groups(DropoutRow row, uint32_t group, uint32_t threshold,
+                                    bool (&kept)[2][2]) {
+  // dropout_pair's halves, each at the top of a word and compared there: bits >= threshold where
+  // the word is greater than this, whatever stands below.
+  const uint32_t below = (threshold << 16) - 1;
+  const uint32_t state = dropout_state(row, group);
+#pragma unroll
+  for (int high = 0; high < 2; ++high) {
+    const uint32_t product = state * (high ? kHashMulC : kHashMulB);
+    kept[high][0] = ((product << 16) ^ product) > below;
+    kept[high][1] = product > below;
+  }
 }
 
-}  // namespace bertkern::sm80
+// The same for the group of column j.
+BERTKERN_DEVICE void kept_scores(DropoutRow row, int j, uint32_t threshold, bool (&kept)[2][2]) {
+  kept_in_groups(row, dropout_group(static_cast<uint32_t>(j)), threshold, kept);
+}
+
+// The sum over the four lanes that hold one row of a fragment, and the maximum.
+BERTKERN_DEVICE float sum_of_row(float x) {
+  x += ptx::shuffle_xor(x, 1);
+  return x + ptx::shuffle_xor(x, 2);
+}
+BERTKERN_DEVICE float max_of_row(float x) {
+  x = ptx::max(x, ptx::shuffle_xor(x, 1));
+  return ptx::max(x, ptx::shuffle_xor(x, 2));
+}
+
+// Zeros in rows [first, end) of a matrix, shared by the blocks `block` of `blocks`.
+template <typename T, int kThreads>
+BERTKERN_DEVICE void zero_rows(T* rows, int64_t stride, int64_t first, int64_t end, int width,
+                               int block, int blocks) {
+  const int chunks = width / 8;
+  const int64_t step = static_cast<int64_t>(blocks) * kThreads;
+  for (int64_t at = static_cast<int64_t>(block) * kThreads + ptx::thread_index();
+       at < (end - first) * chunks; at += step) {
+    ptx::store_global_16(rows + (first + at / chunks) * stride + at % chunks * 8, {{0, 0, 0, 0}});
+  }
+}
+
+}  // namespace bertkern::cuda

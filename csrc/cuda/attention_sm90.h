@@ -1,0 +1,22 @@
+// Attention for Hopper, by the kernels of sm90/; attention.h asks for it where a call suits.
+#pragma once
+
+#include "common/attention_params.h"
+#include "common/dtype.h"
+
+namespace bertkern::cuda {
+
+// Whether the copy engine can reach the tensors: it knows no empty ones, and none whose rows lie on
+// top of each other (stride 0).
+bool attention_fwd_suits_sm90(const AttentionKernelArguments& arguments);
+
+bool attention_bwd_suits_sm90(const AttentionKernelArguments& arguments);
+
+// As attention_fwd, on the current device, of which `multiprocessors` are to be used.
+void attention_fwd_sm90(const AttentionKernelArguments& arguments, DType dtype, int multiprocessors,
+                        void* stream);
+
+// As attention_bwd but for dbias, on the current device.
+void attention_bwd_sm90(const AttentionKernelArguments& arguments, DType dtype, void* stream);
+
+}  // namespace bertkern::cuda
