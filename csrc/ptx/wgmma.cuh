@@ -39,8 +39,8 @@ BERTKERN_DEVICE void hold(uint32_t (&a)[kSteps][4]) {
   }
 }
 
-// The same for a descriptor: in a loop, what is computed from it is computed anew each time, and does
-// not take up registers from one turn to the next.
+// The same for a descriptor: in a loop, what is computed from it is computed anew each time, and
+// does not take up registers from one turn to the next.
 BERTKERN_DEVICE void hold(MatrixDescriptor& descriptor) {
   asm volatile("" : "+l"(descriptor.bits));
 }
