@@ -232,11 +232,10 @@ def _aligned(tensors: tuple[Tensor, ...]) -> bool:
 
 @functools.cache
 def _slower(name: str, op: str, device: torch.device) -> bool:
-    """Whether the next backend is expected to be faster on this device.
+    """Whether the next backend is asked first on this device.
 
-    The CUDA attention kernels use mma.sync, which reaches about 60 % of the tensor cores of compute
-    capability 9 (FlashAttention-2 against Triton on an H100: 324 against 403 TFLOP/s at head dim
-    64, Shah et al. 2024); Triton's use wgmma there and what follows it later.
+    From compute capability 9 on attention is Triton's until the CUDA kernels for Hopper, which are
+    asynchronous by hand, have passed the tests on such a device (docs/decisions.md).
     """
     if name != "cuda" or op != "attention" or device.type != "cuda":
         return False

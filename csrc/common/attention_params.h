@@ -117,8 +117,8 @@ struct HopperAttentionTiles<32> {
   using BwdShort = WarpgroupTile<32, 2, 64, 2>;
   using BwdShortGeneral = BwdShort;
   using BwdKeys = WarpgroupTile<32, 2, 128, 2>;
-  using BwdKeysGeneral = BwdKeys;
   using BwdQueries = WarpgroupTile<32, 2, 128, 2>;
+  using BwdQueriesGeneral = WarpgroupTile<32, 2, 64, 2>;
 };
 template <>
 struct HopperAttentionTiles<64> {
@@ -127,8 +127,8 @@ struct HopperAttentionTiles<64> {
   using BwdShort = WarpgroupTile<64, 2, 64, 2, Swizzle::k64>;
   using BwdShortGeneral = BwdShort;
   using BwdKeys = WarpgroupTile<64, 2, 64, 2>;
-  using BwdKeysGeneral = BwdKeys;
   using BwdQueries = WarpgroupTile<64, 2, 128, 2>;
+  using BwdQueriesGeneral = WarpgroupTile<64, 2, 64, 2>;
 };
 template <>
 struct HopperAttentionTiles<96> {
@@ -137,8 +137,8 @@ struct HopperAttentionTiles<96> {
   using BwdShort = WarpgroupTile<96, 2, 64, 2>;
   using BwdShortGeneral = BwdShort;
   using BwdKeys = WarpgroupTile<96, 2, 64, 2>;
-  using BwdKeysGeneral = BwdKeys;
   using BwdQueries = WarpgroupTile<96, 2, 64, 2>;
+  using BwdQueriesGeneral = BwdQueries;
 };
 template <>
 struct HopperAttentionTiles<128> {
@@ -147,8 +147,8 @@ struct HopperAttentionTiles<128> {
   using BwdShort = WarpgroupTile<128, 2, 64, 2>;
   using BwdShortGeneral = void;  // would spill: BwdKeys and BwdQueries do it
   using BwdKeys = WarpgroupTile<128, 2, 64, 2>;
-  using BwdKeysGeneral = WarpgroupTile<128, 2, 32, 2>;
   using BwdQueries = WarpgroupTile<128, 2, 64, 2>;
+  using BwdQueriesGeneral = BwdQueries;
 };
 
 // The tiles, by padded head dim. Rows are queries (fwd, bwd_queries, bwd_bias) or keys (bwd_keys).
@@ -159,7 +159,7 @@ struct AttentionTiles;
 template <>
 struct AttentionTiles<32> {
   using Hopper = HopperAttentionTiles<32>;
-  using Fwd = AttentionTile<32, 8, 1, 64>;
+  using Fwd = AttentionTile<32, 4, 2, 64>;
   using FwdGeneral = Fwd;
   using BwdShort = AttentionTile<32, 8, 1, 64>;
   using BwdKeys = AttentionTile<32, 8, 1, 64>;
@@ -174,7 +174,7 @@ struct AttentionTiles<64> {
   using BwdShort = AttentionTile<64, 8, 1, 32>;
   using BwdKeys = AttentionTile<64, 8, 1, 64>;
   using BwdQueries = AttentionTile<64, 8, 1, 64>;
-  using BwdBias = AttentionTile<64, 4, 1, 64>;
+  using BwdBias = AttentionTile<64, 4, 1, 32>;
 };
 template <>
 struct AttentionTiles<96> {

@@ -49,9 +49,9 @@ void launch_bwd(AttentionKernelArguments a, DType dtype, void* stream) {
   constexpr bool kGeneral = kVariant == AttentionVariant::kGeneral;
   using Short =
       std::conditional_t<kGeneral, typename Tiles::BwdShortGeneral, typename Tiles::BwdShort>;
-  using Keys =
-      std::conditional_t<kGeneral, typename Tiles::BwdKeysGeneral, typename Tiles::BwdKeys>;
-  using Queries = typename Tiles::BwdQueries;
+  using Keys = typename Tiles::BwdKeys;
+  using Queries =
+      std::conditional_t<kGeneral, typename Tiles::BwdQueriesGeneral, typename Tiles::BwdQueries>;
   bool some_long = true;
   a.least_keys = 0;
   if constexpr (!std::is_void_v<Short>) {

@@ -2,31 +2,44 @@
 //
 //   forward: out_i = Σ_j p_ij m_ij v_j, p = exp(s - lse), m the dropout mask, so
 //   ds_ij = p_ij (m_ij dout_i·v_j - delta_i), delta_i = Σ_j p_ij m_ij dout_i·v_j - dlse_i
+//
+// What is not seen may be NaN, and so may delta be where dout is: there p, dp and ds are chosen 0.
+// Tiles in which every score counts are spared the question.
 #pragma once
 
 #include "cuda/attention_score.cuh"
 
 namespace bertkern::cuda {
 
-// What a block keeps of each query of a tile: lse, delta, keys of its dropout.
-struct QueryFacts {
-  float lse, delta;
-  uint32_t dropout_a, dropout_b;
+// Two numbers that lie side by side.
+struct alignas(8) TwoFloats {
+  float value[2];
 };
+
+// What a block keeps of each query of a tile: lse, delta, keys of its dropout.
+template <int kQueries>
+struct QueryFacts {
+  float lse[kQueries], delta[kQueries];
+  uint32_t dropout_a[kQueries], dropout_b[kQueries];
+};
+
+// Of queries n and n + 1, n even.
+BERTKERN_DEVICE TwoFloats two(const float* facts, int n) {
+  return *reinterpret_cast<const TwoFloats*>(facts + n);
+}
 
 // Scores of a tile whose rows are keys. A thread holds rows g and g + 8 and columns 2t, 2t + 1 of
 // each fragment, g and t its lane's; first_k is the warp's first key, first_q the tile's first
 // query.
-template <typename T, AttentionVariant kVariant>
+template <typename T, AttentionVariant kVariant, int kQueries>
 struct KeyScores {
   static constexpr bool kGeneral = kVariant == AttentionVariant::kGeneral;
-  static constexpr bool kMayDrop = kVariant != AttentionVariant::kPlain;
   const AttentionKernelArguments& a;
   const Sequence& s;
   const uint8_t* kept;
   bool whole;  // every score counts
   const ScoreOptions& options;
-  const QueryFacts* fact;  // of the tile's queries
+  const QueryFacts<kQueries>& facts;  // of the tile
   int first_q, first_k;
 
   // Of 16 queries from `part` on, the fragments `first` and first + 1: from the products k qᵀ in
@@ -35,41 +48,40 @@ struct KeyScores {
   // queries of the second fragment are those of the first + 8.
   template <int kTiles>
   BERTKERN_DEVICE void weigh(int part, int first, float (&weights)[kTiles][4],
-                             float (&dp)[kTiles][4], float (&p)[2][4], float (&sums)[2][2]) const {
-    const int g = lane_index() / 4, t = lane_index() % 4;
-    const float to_log2 = kGeneral ? kLog2e : a.scale * kLog2e;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      bool keep[2][2] = {{true, true}, {true, true}};  // [query's bit 3][key's bit 3]
-      if (kMayDrop && a.dropout_threshold != 0) {
-        const QueryFacts& f = fact[part + 2 * t + e];
-        kept_scores({f.dropout_a, f.dropout_b, 0}, first_k + g, a.dropout_threshold, keep);
-      }
+                             float (&dp)[kTiles][4], float (&p)[2][4], float (&terms)[2][2]) const {
+    if constexpr (kGeneral) {
+      to_probabilities(part, first, weights, dp, p);
+    } else {
+      const int t = lane_index() % 4;
 #pragma unroll
       for (int next = 0; next < 2; ++next) {
-        const int query = part + 8 * next + 2 * t + e;
-        const float lse = fact[query].lse;
+        const TwoFloats lse = two(facts.lse, part + 8 * next + 2 * t);
+#pragma unroll
+        for (int at = 0; at < 4; ++at) {
+          float& w = weights[first + next][at];
+          w = ptx::exp2(ptx::fma(w, a.scale * kLog2e, -lse.value[at % 2]));
+        }
+      }
+      if (!whole) mask(part, first, weights, dp);
+#pragma unroll
+      for (int next = 0; next < 2; ++next) {
+#pragma unroll
+        for (int at = 0; at < 4; ++at) p[next][at] = weights[first + next][at];
+      }
+    }
+    const bool drops = has_dropout<kVariant>(a);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      bool keep[2][2];  // [query's bit 3][key's bit 3]
+      if (drops) keep_of(part, e, keep);
+#pragma unroll
+      for (int next = 0; next < 2; ++next) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float &w = weights[first + next][2 * half + e], &y = dp[first + next][2 * half + e];
-          const int i = first_q + query, j = first_k + g + 8 * half;
-          bool seen = true;
-          float derivative = 1.0f, exponent;
-          if (kGeneral || !whole) seen = i < s.len_q && (whole || sees(s, kept, i, j));
-          if (kGeneral) {
-            const float score = seen ? score_of<T>(options, w, i, j, derivative) : -kInfinity;
-            seen = seen && score != -kInfinity;
-            exponent = (score - lse) * to_log2;
-          } else {
-            exponent = ptx::fma(w, to_log2, -lse);
-          }
-          // Chosen, not multiplied by 0: what is not seen may be NaN.
-          const float p_ij = seen ? ptx::exp2(exponent) : 0.0f;
-          if (kMayDrop) y *= a.dropout_scale;
-          if (!seen || !keep[next][half]) y = 0.0f;
-          p[next][2 * half + e] = keep[next][half] ? p_ij : 0.0f;
-          w = p_ij * derivative;
-          sums[next][e] = half == 0 ? p_ij * y : ptx::fma(p_ij, y, sums[next][e]);
+          float &y = dp[first + next][2 * half + e], &x = p[next][2 * half + e];
+          if (drops) y = keep[next][half] ? y * a.dropout_scale : 0.0f;
+          terms[next][e] = half == 0 ? x * y : ptx::fma(x, y, terms[next][e]);
+          if (drops && !keep[next][half]) x = 0.0f;
         }
       }
     }
@@ -80,17 +92,71 @@ struct KeyScores {
   BERTKERN_DEVICE void differentiate(int part, int first, const float (&weights)[kTiles][4],
                                      float (&dp)[kTiles][4]) const {
     const int t = lane_index() % 4;
+    const bool chooses = kGeneral || !whole;
+#pragma unroll
+    for (int next = 0; next < 2; ++next) {
+      const TwoFloats delta = two(facts.delta, part + 8 * next + 2 * t);
+#pragma unroll
+      for (int at = 0; at < 4; ++at) dp[first + next][at] -= delta.value[at % 2];
+#pragma unroll
+      for (int at = 0; at < 4; ++at) {
+        const float weight = weights[first + next][at];
+        float& x = dp[first + next][at];
+        x = chooses && weight == 0.0f ? 0.0f : weight * x;
+      }
+    }
+  }
+
+ private:
+  BERTKERN_DEVICE bool is_seen(int part, int next, int at) const {
+    const int i = first_q + part + 8 * next + 2 * (lane_index() % 4) + at % 2;
+    const int j = first_k + lane_index() / 4 + 8 * (at / 2);
+    return i < s.len_q && (whole || sees(s, kept, i, j));
+  }
+
+  // Chosen, not multiplied by 0: what is not seen may be NaN.
+  template <int kTiles>
+  BERTKERN_DEVICE void mask(int part, int first, float (&weights)[kTiles][4],
+                            float (&dp)[kTiles][4]) const {
 #pragma unroll
     for (int next = 0; next < 2; ++next) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float weight = weights[first + next][e];
-        float& x = dp[first + next][e];
-        const float ds = weight * (x - fact[part + 8 * next + 2 * t + e % 2].delta);
-        // delta may be NaN where dout is: it must not reach what is not seen, whose weight is 0.
-        x = (kGeneral || !whole) && weight == 0.0f ? 0.0f : ds;
+      for (int at = 0; at < 4; ++at) {
+        if (is_seen(part, next, at)) continue;
+        weights[first + next][at] = dp[first + next][at] = 0.0f;
       }
     }
+  }
+
+  // With bias and cap: p, and p · cap' in `weights`.
+  template <int kTiles>
+  BERTKERN_DEVICE void to_probabilities(int part, int first, float (&weights)[kTiles][4],
+                                        float (&dp)[kTiles][4], float (&p)[2][4]) const {
+    const int t = lane_index() % 4;
+#pragma unroll
+    for (int next = 0; next < 2; ++next) {
+      const TwoFloats lse = two(facts.lse, part + 8 * next + 2 * t);
+#pragma unroll
+      for (int at = 0; at < 4; ++at) {
+        float& w = weights[first + next][at];
+        const int i = first_q + part + 8 * next + 2 * t + at % 2;
+        const int j = first_k + lane_index() / 4 + 8 * (at / 2);
+        bool seen = is_seen(part, next, at);
+        float derivative = 1.0f;
+        const float score = seen ? score_of<T>(options, w, i, j, derivative) : -kInfinity;
+        seen = seen && score != -kInfinity;
+        // The difference comes first: the lowest float times log2(e) is -Inf.
+        p[next][at] = seen ? ptx::exp2((score - lse.value[at % 2]) * kLog2e) : 0.0f;
+        if (!seen) dp[first + next][at] = 0.0f;
+        w = p[next][at] * derivative;
+      }
+    }
+  }
+
+  BERTKERN_DEVICE void keep_of(int part, int e, bool (&keep)[2][2]) const {
+    const int query = part + 2 * (lane_index() % 4) + e;
+    kept_scores({facts.dropout_a[query], facts.dropout_b[query], 0}, first_k + lane_index() / 4,
+                a.dropout_threshold, keep);
   }
 };
 
@@ -121,7 +187,8 @@ BERTKERN_DEVICE void gradients_of_scores(float (&p)[kKeyTiles][4], float (&dp)[k
                                          int first_k) {
   constexpr bool kGeneral = kVariant == AttentionVariant::kGeneral;
   const int g = lane_index() / 4, t = lane_index() % 4;
-  if (kVariant != AttentionVariant::kPlain && a.dropout_threshold != 0) {
+  float sums[2] = {};
+  if (has_dropout<kVariant>(a)) {
 #pragma unroll
     for (int n = 0; n < kKeyTiles; n += 2) {
 #pragma unroll
@@ -137,29 +204,51 @@ BERTKERN_DEVICE void gradients_of_scores(float (&p)[kKeyTiles][4], float (&dp)[k
       }
     }
   }
-  const float to_log2 = kGeneral ? kLog2e : a.scale * kLog2e;
-  float sums[2] = {};
+  const auto is_seen = [&](int n, int e) {
+    const int i = first_q + g + 8 * (e / 2), j = first_k + 8 * n + 2 * t + e % 2;
+    return i < s.len_q && (whole || sees(s, kept, i, j));
+  };
+  if constexpr (kGeneral) {
 #pragma unroll
-  for (int n = 0; n < kKeyTiles; ++n) {
+    for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      bool seen = true;
-      float derivative = 1.0f, exponent;
-      const int i = first_q + g + 8 * (e / 2), j = first_k + 8 * n + 2 * t + e % 2;
-      if (kGeneral || !whole) seen = i < s.len_q && (whole || sees(s, kept, i, j));
-      if (kGeneral) {
+      for (int e = 0; e < 4; ++e) {
+        const int i = first_q + g + 8 * (e / 2), j = first_k + 8 * n + 2 * t + e % 2;
+        bool seen = is_seen(n, e);
+        float derivative = 1.0f;
         const float score = seen ? score_of<T>(options, p[n][e], i, j, derivative) : -kInfinity;
         seen = seen && score != -kInfinity;
-        exponent = (score - rows.lse[e / 2]) * to_log2;
-      } else {
-        exponent = ptx::fma(p[n][e], to_log2, -rows.lse[e / 2]);
+        if (!kCapped) derivative = 1.0f;
+        const float p_ij = seen ? ptx::exp2((score - rows.lse[e / 2]) * kLog2e) : 0.0f;
+        if (!seen) dp[n][e] = 0.0f;
+        if (all_keys) sums[e / 2] = ptx::fma(p_ij, dp[n][e], sums[e / 2]);
+        p[n][e] = p_ij * derivative;
       }
-      if (!kCapped) derivative = 1.0f;
+    }
+  } else {
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        p[n][e] = ptx::exp2(ptx::fma(p[n][e], a.scale * kLog2e, -rows.lse[e / 2]));
+      }
+    }
+    if (!whole) {
       // Chosen, not multiplied by 0: what is not seen may be NaN.
-      const float p_ij = seen ? ptx::exp2(exponent) : 0.0f;
-      if (!seen) dp[n][e] = 0.0f;
-      sums[e / 2] = ptx::fma(p_ij, dp[n][e], sums[e / 2]);
-      p[n][e] = p_ij * derivative;
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (!is_seen(n, e)) p[n][e] = dp[n][e] = 0.0f;
+        }
+      }
+    }
+    if (all_keys) {
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[e / 2] = ptx::fma(p[n][e], dp[n][e], sums[e / 2]);
+      }
     }
   }
   if (all_keys) {
@@ -169,11 +258,21 @@ BERTKERN_DEVICE void gradients_of_scores(float (&p)[kKeyTiles][4], float (&dp)[k
 #pragma unroll
   for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float ds = p[n][e] * (dp[n][e] - rows.delta[e / 2]);
-      // delta may be NaN where dout is: it must not reach what is not seen, whose p is 0.
-      p[n][e] = (kGeneral || !whole) && p[n][e] == 0.0f ? 0.0f : ds;
+    for (int e = 0; e < 4; ++e) dp[n][e] -= rows.delta[e / 2];
+  }
+  if (kGeneral || !whole) {
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (p[n][e] == 0.0f) dp[n][e] = 0.0f;
+      }
     }
+  }
+#pragma unroll
+  for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) p[n][e] *= dp[n][e];
   }
 }
 

@@ -193,6 +193,13 @@ BERTKERN_DEVICE float score_of(const ScoreOptions& o, float product, int i, int 
   return o.kind == DeviceBias::kFloat32 ? biased<float>(o, x, at) : biased<T>(o, x, at);
 }
 
+// Whether dropout is on. Only the general variant has to look.
+template <AttentionVariant kVariant>
+BERTKERN_DEVICE bool has_dropout(const AttentionKernelArguments& a) {
+  return kVariant == AttentionVariant::kDropout ||
+         (kVariant == AttentionVariant::kGeneral && a.dropout_threshold != 0);
+}
+
 BERTKERN_DEVICE DropoutStream dropout_stream_of(const AttentionKernelArguments& a, int index,
                                                 int head) {
   return dropout_stream(static_cast<uint64_t>(*a.dropout_seed),

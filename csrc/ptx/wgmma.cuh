@@ -39,12 +39,6 @@ BERTKERN_DEVICE void hold(uint32_t (&a)[kSteps][4]) {
   }
 }
 
-// The same for a descriptor: in a loop, what is computed from it is computed anew each time, and
-// does not take up registers from one turn to the next.
-BERTKERN_DEVICE void hold(MatrixDescriptor& descriptor) {
-  asm volatile("" : "+l"(descriptor.bits));
-}
-
 // wgmma.fence: what the threads did to `registers`, accumulators and left operands [steps][4],
 // comes before the products that follow. Needed before the first product and whenever the threads
 // have touched registers that the next one uses. Tiles that threads wrote need fence_async_shared

@@ -22,7 +22,7 @@ namespace bertkern::sm80 {
 template <typename Tile, bool kShort>
 constexpr int attention_bwd_keys_shared_bytes() {
   return 2 * Tile::kRowsBytes + 2 * Tile::kStages * Tile::kColumnsBytes +
-         Tile::kStages * Tile::kColumns * static_cast<int>(sizeof(QueryFacts)) +
+         Tile::kStages * static_cast<int>(sizeof(QueryFacts<Tile::kColumns>)) +
          (kShort ? Tile::kRows * Tile::kColumns * 2 + Tile::kWarps * Tile::kColumns * 4 : 0);
 }
 
@@ -68,8 +68,9 @@ attention_bwd_keys_kernel(const AttentionKernelArguments a) {
   char* v_tile = k_tile + Tile::kRowsBytes;
   char* q_tiles = v_tile + Tile::kRowsBytes;
   char* dout_tiles = q_tiles + Tile::kStages * Tile::kColumnsBytes;
-  auto* facts = reinterpret_cast<QueryFacts*>(dout_tiles + Tile::kStages * Tile::kColumnsBytes);
-  char* ds_tile = reinterpret_cast<char*>(facts + Tile::kStages * kQueries);
+  auto* facts =
+      reinterpret_cast<QueryFacts<kQueries>*>(dout_tiles + Tile::kStages * Tile::kColumnsBytes);
+  char* ds_tile = reinterpret_cast<char*>(facts + Tile::kStages);
   auto* sums_of_warps = reinterpret_cast<float*>(ds_tile + Tile::kRows * kQueries * 2);
 
   // Tiles of queries that see some key of the block; dq of a short sequence wants all of them.
@@ -119,20 +120,20 @@ attention_bwd_keys_kernel(const AttentionKernelArguments a) {
     const int end_q = first_q + kQueries < s.len_q ? first_q + kQueries : s.len_q;
     const char* q_tile = q_tiles + stage * Tile::kColumnsBytes;
     const char* dout_tile = dout_tiles + stage * Tile::kColumnsBytes;
-    QueryFacts* fact = facts + stage * kQueries;
+    QueryFacts<kQueries>& fact = facts[stage];
     const int64_t at_lse = lse_offset(a, index, s.first_q, head);
     for (int n = ptx::thread_index(); n < kQueries; n += Tile::kThreads) {
       const int i = first_q + n;
       // A query that sees nothing, or is none, has p = exp(s - Inf) = 0.
       float lse = i < s.len_q ? a.lse[at_lse + i] : kInfinity;
       if (lse == -kInfinity) lse = kInfinity;
-      fact[n].lse = kGeneral ? lse : lse * kLog2e;
-      if (!kShort) fact[n].delta = i < s.len_q ? a.delta[at_lse + i] : 0.0f;
-      if (kMayDrop && a.dropout_threshold != 0) {
+      fact.lse[n] = kGeneral ? lse : lse * kLog2e;
+      if (!kShort) fact.delta[n] = i < s.len_q ? a.delta[at_lse + i] : 0.0f;
+      if (has_dropout<kVariant>(a)) {
         const DropoutRow keys =
             dropout_row(dropout_stream_of(a, index, head), static_cast<uint32_t>(i));
-        fact[n].dropout_a = keys.a;
-        fact[n].dropout_b = keys.b;
+        fact.dropout_a[n] = keys.a;
+        fact.dropout_b[n] = keys.b;
       }
     }
     ptx::copy_async_wait<0>();
@@ -148,7 +149,8 @@ attention_bwd_keys_kernel(const AttentionKernelArguments a) {
     const bool whole = sees_all(s, kept, first_q, end_q, first_k, first_k + Tile::kRows);
     const ScoreOptions options = kGeneral ? score_options<T>(a, index, head) : ScoreOptions{};
 
-    const KeyScores<T, kVariant> scores{a, s, kept, whole, options, fact, first_q, first_k + row};
+    const KeyScores<T, kVariant, kQueries> scores{a,       s,    kept,    whole,
+                                                  options, fact, first_q, first_k + row};
 
     // Of 16 queries from `part` on: weights, dp and the sums of KeyScores; adds to dv.
     const auto scores_of_part = [&](int part, float (&weights)[2][4], float (&dp)[2][4],
@@ -205,9 +207,9 @@ attention_bwd_keys_kernel(const AttentionKernelArguments a) {
         for (int warp = 0; warp < Tile::kWarps; ++warp) {
           delta += sums_of_warps[warp * kQueries + n];
         }
-        if (a.dlse != nullptr && fact[n].lse != kInfinity) delta -= a.dlse[at_lse + i];
+        if (a.dlse != nullptr && fact.lse[n] != kInfinity) delta -= a.dlse[at_lse + i];
         if (i < s.len_q) a.delta[at_lse + i] = delta;
-        fact[n].delta = delta;
+        fact.delta[n] = delta;
       }
       ptx::block_barrier();  // delta is there
 #pragma unroll

@@ -103,7 +103,7 @@ attention_bwd_queries_kernel(const AttentionKernelArguments a) {
       if (a.dlse != nullptr) delta -= a.dlse[at_lse + inside];
       rows[r].set(half, i < s.len_q, a.lse[at_lse + inside], delta, kGeneral ? 1.0f : kLog2e);
     }
-    if (kVariant != AttentionVariant::kPlain && a.dropout_threshold != 0) {
+    if (has_dropout<kVariant>(a)) {
       rows[r].keys = dropout_row(dropout_stream_of(a, index, head),
                                  static_cast<uint32_t>(first_q + row + 16 * r + g));
     }

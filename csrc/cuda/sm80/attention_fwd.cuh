@@ -74,7 +74,7 @@ attention_fwd_kernel(const AttentionKernelArguments a) {
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
     maximum[r][0] = maximum[r][1] = -kInfinity;
-    if (kVariant != AttentionVariant::kPlain && a.dropout_threshold != 0) {
+    if (has_dropout<kVariant>(a)) {
       keys[r] = dropout_row(dropout_stream_of(a, index, head),
                             static_cast<uint32_t>(first_q + row + 16 * r + g));
     }
@@ -145,7 +145,7 @@ attention_fwd_kernel(const AttentionKernelArguments a) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) acc[r][n][e] *= correction[e / 2];
       }
-      if (kVariant != AttentionVariant::kPlain && a.dropout_threshold != 0) {
+      if (has_dropout<kVariant>(a)) {
 #pragma unroll
         for (int n = 0; n < kKeyTiles; n += 2) {
 #pragma unroll

@@ -41,15 +41,15 @@ struct BwdKeysMemory {
   static constexpr int kDq = kDs + (kShort ? Tile::kRows * kQueries * 2 : 0);
   static constexpr int kFacts = kDq + (kShort ? Tile::kColumnsBytes : 0);
   static constexpr int kSums =
-      kFacts + Tile::kStages * kQueries * static_cast<int>(sizeof(QueryFacts));
+      kFacts + Tile::kStages * static_cast<int>(sizeof(QueryFacts<kQueries>));
   static constexpr int kSignals = kSums + (kShort ? kWarps * kQueries * 4 : 0);
   static constexpr int kBytes = kSignals + static_cast<int>(sizeof(BwdKeysSignals<Tile>));
   static_assert(kBytes <= kHopperSharedLimit, "more shared memory than a block can have");
 
   char *k, *v, *q, *dout;
-  char *ds, *dq;  // short
-  QueryFacts* facts;
-  float* sums;  // short: [warp][query]
+  char *ds, *dq;                // short
+  QueryFacts<kQueries>* facts;  // by stage
+  float* sums;                  // short: [warp][query]
   BwdKeysSignals<Tile>* signals;
 
   BERTKERN_DEVICE static BwdKeysMemory get() {
@@ -60,7 +60,7 @@ struct BwdKeysMemory {
             start + kDout,
             start + kDs,
             start + kDq,
-            reinterpret_cast<QueryFacts*>(start + kFacts),
+            reinterpret_cast<QueryFacts<kQueries>*>(start + kFacts),
             reinterpret_cast<float*>(start + kSums),
             reinterpret_cast<BwdKeysSignals<Tile>*>(start + kSignals)};
   }
@@ -141,7 +141,7 @@ BERTKERN_DEVICE void produce_queries(const AttentionBwdArguments& arguments, con
     const float* delta = a.delta + lse_offset(a, own.index, s.first_q, head);
     char* q = memory.q + stage.index * Tile::kColumnsBytes;
     char* dout = memory.dout + stage.index * Tile::kColumnsBytes;
-    QueryFacts* fact = memory.facts + stage.index * kQueries;
+    QueryFacts<kQueries>& fact = memory.facts[stage.index];
     const bool clear =
         own.some_see_nothing || (a.cu_seqlens_q != nullptr && first_q + kQueries > s.len_q);
     ptx::barrier_wait(&signals.empty[stage.index], stage.parity ^ 1);
@@ -158,15 +158,14 @@ BERTKERN_DEVICE void produce_queries(const AttentionBwdArguments& arguments, con
       // A query that sees nothing, or is none, has p = exp(s - Inf) = 0.
       float x = i < s.len_q ? lse[i] : kInfinity;
       if (x == -kInfinity) x = kInfinity;
-      QueryFacts of_query{kGeneral ? x : x * kLog2e, 0.0f, 0, 0};
-      if (!kShort && i < s.len_q) of_query.delta = delta[i];
-      if (kVariant != AttentionVariant::kPlain && a.dropout_threshold != 0) {
+      fact.lse[n] = kGeneral ? x : x * kLog2e;
+      if (!kShort) fact.delta[n] = i < s.len_q ? delta[i] : 0.0f;
+      if (has_dropout<kVariant>(a)) {
         const DropoutRow keys =
             dropout_row(dropout_stream_of(a, own.index, head), static_cast<uint32_t>(i));
-        of_query.dropout_a = keys.a;
-        of_query.dropout_b = keys.b;
+        fact.dropout_a[n] = keys.a;
+        fact.dropout_b[n] = keys.b;
       }
-      fact[n] = of_query;
     }
     if (clear) {
       ptx::barrier_wait(&signals.landed, landed);
@@ -204,8 +203,8 @@ BERTKERN_DEVICE void sum_over_warp(const float (&terms)[2][2], float* sums) {
 // of that very dp. Where a query sees few keys the two are almost equal, and a sum over the rounded
 // `out` would be all that is left of ds. sums: [warp][query].
 template <typename Tile>
-BERTKERN_DEVICE void sum_over_block(const float* sums, QueryFacts* fact, float* delta,
-                                    const float* dlse, int queries) {
+BERTKERN_DEVICE void sum_over_block(const float* sums, QueryFacts<Tile::kColumns>& fact,
+                                    float* delta, const float* dlse, int queries) {
   constexpr int kQueries = Tile::kColumns;
   ptx::named_barrier_sync(kConsumersBarrier, 128 * Tile::kWarpgroups);
   const int n = ptx::thread_index();
@@ -214,10 +213,10 @@ BERTKERN_DEVICE void sum_over_block(const float* sums, QueryFacts* fact, float* 
 #pragma unroll
     for (int warp = 0; warp < 4 * Tile::kWarpgroups; ++warp) total += sums[warp * kQueries + n];
     if (n < queries) {
-      if (dlse != nullptr && fact[n].lse != kInfinity) total -= dlse[n];
+      if (dlse != nullptr && fact.lse[n] != kInfinity) total -= dlse[n];
       delta[n] = total;
     }
-    fact[n].delta = total;
+    fact.delta[n] = total;
   }
   ptx::named_barrier_sync(kConsumersBarrier, 128 * Tile::kWarpgroups);
 }
@@ -231,8 +230,6 @@ BERTKERN_DEVICE void write_dq(const AttentionKernelArguments& a, const KeyTile& 
   float dq[kTiles][4];
   MatrixDescriptor ds = ptx::describe_tile<Swizzle::k128, 0, 1024>(memory.ds);
   MatrixDescriptor k = advance(describe_transposed<Tile, Tile::kRows>(memory.k), part * kPartBytes);
-  ptx::hold(ds);
-  ptx::hold(k);
   ptx::wgmma_fence(dq);
 #pragma unroll
   for (int step = 0; step < Tile::kRows / 16; ++step) {
@@ -257,8 +254,9 @@ BERTKERN_DEVICE void consume_queries(const AttentionKernelArguments& a, const Ke
                                      const BwdKeysMemory<Tile, kShort>& memory) {
   constexpr bool kGeneral = kVariant == AttentionVariant::kGeneral;
   constexpr int kQueries = Tile::kColumns, kTiles = kQueries / 8, kHeadTiles = Tile::kHeadDim / 8;
-  // Accumulators of dk and dv leave few registers: products give theirs back as soon as they can.
-  constexpr bool kTight = Tile::kHeadDim > 96 || (kGeneral && Tile::kHeadDim > 64);
+  // Accumulators of dk and dv leave few registers: products take them piece by piece, and give them
+  // back as soon as they can.
+  constexpr bool kTight = kQueries > 64 || Tile::kHeadDim > 96 || (kGeneral && Tile::kHeadDim > 64);
   const Sequence& s = own.s;
   BwdKeysSignals<Tile>& signals = *memory.signals;
   const int warp = of_warp(warp_index()), group = warp / 4, row = warp * 16;  // first key
@@ -273,10 +271,8 @@ BERTKERN_DEVICE void consume_queries(const AttentionKernelArguments& a, const Ke
     const int end_q = first_q + kQueries < s.len_q ? first_q + kQueries : s.len_q;
     const char* q = memory.q + stage.index * Tile::kColumnsBytes;
     const char* dout = memory.dout + stage.index * Tile::kColumnsBytes;
-    QueryFacts* fact = memory.facts + stage.index * kQueries;
+    QueryFacts<kQueries>& fact = memory.facts[stage.index];
     float weights[kTiles][4], dp[kTiles][4];
-    ptx::hold(k);
-    ptx::hold(v);
     ptx::barrier_wait(&signals.full[stage.index], stage.parity);
     ptx::wgmma_fence(weights, dp);
     multiply_transposed<T, Tile, Tile::kRows>(weights, k, describe_rows<Tile>(q));
@@ -287,40 +283,53 @@ BERTKERN_DEVICE void consume_queries(const AttentionKernelArguments& a, const Ke
     const bool whole =
         sees_all(s, own.kept, first_q, end_q, own.first_k, own.first_k + Tile::kRows);
     const ScoreOptions options = kGeneral ? score_options<T>(a, own.index, head) : ScoreOptions{};
-    const KeyScores<T, kVariant> scores{a,       s,    own.kept, whole,
-                                        options, fact, first_q,  own.first_k + row};
-    uint32_t p[kQueries / 16][4];
+    const KeyScores<T, kVariant, kQueries> scores{a,       s,    own.kept, whole,
+                                                  options, fact, first_q,  own.first_k + row};
+    constexpr int kPieces = kTight ? 2 : 1, kPieceTiles = kTiles / kPieces;
+    uint32_t p[kPieceTiles / 2][4];
 #pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-      float p_part[2][4], terms[2][2];
-      scores.weigh(8 * n, n, weights, dp, p_part, terms);
-      to_left<T>(p[n / 2], p_part[0], p_part[1]);
-      if (kShort) sum_over_warp(terms, memory.sums + warp_index() * kQueries + 8 * n);
+    for (int piece = 0; piece < kPieces; ++piece) {
+#pragma unroll
+      for (int n = piece * kPieceTiles; n < (piece + 1) * kPieceTiles; n += 2) {
+        float p_part[2][4], terms[2][2];
+        scores.weigh(8 * n, n, weights, dp, p_part, terms);
+        to_left<T>(p[n % kPieceTiles / 2], p_part[0], p_part[1]);
+        if (kShort) sum_over_warp(terms, memory.sums + warp_index() * kQueries + 8 * n);
+      }
+      ptx::wgmma_fence(dv_acc, p);
+      multiply<T, Tile>(dv_acc, p,
+                        advance(describe_transposed<Tile, kQueries>(dout),
+                                piece * kPieceTiles * 8 * Tile::kSpanBytes));
+      ptx::wgmma_commit();
+      if constexpr (kTight) ptx::wgmma_wait<0>(dv_acc, p);
     }
-    ptx::wgmma_fence(dv_acc, p);
-    multiply<T, Tile>(dv_acc, p, describe_transposed<Tile, kQueries>(dout));
-    ptx::wgmma_commit();
-    if constexpr (kTight) ptx::wgmma_wait<0>(dv_acc, p);
     if constexpr (kShort) {
       const int64_t at = lse_offset(a, own.index, s.first_q, head) + first_q;
       sum_over_block<Tile>(memory.sums, fact, a.delta + at,
                            a.dlse == nullptr ? nullptr : a.dlse + at, end_q - first_q);
     }
+    uint32_t ds[kPieceTiles / 2][4];
 #pragma unroll
-    for (int n = 0; n < kTiles; n += 2) scores.differentiate(8 * n, n, weights, dp);
-    uint32_t ds[kQueries / 16][4];
-    to_left<T>(ds, dp);
-    ptx::wgmma_fence(dk_acc, ds);
-    multiply<T, Tile>(dk_acc, ds, describe_transposed<Tile, kQueries>(q));
-    ptx::wgmma_commit();
-    if constexpr (kTight) ptx::wgmma_wait<0>(dk_acc);
-    if constexpr (kShort) {
-      static_assert(kQueries == 64, "a row of the tile of dsᵀ is one span of the swizzle");
+    for (int piece = 0; piece < kPieces; ++piece) {
 #pragma unroll
-      for (int n = 0; n < kQueries / 16; ++n) {
-        const int key = row + lane_index() % 16, chunk = 2 * n + lane_index() / 16;
-        ptx::store_matrix_4(memory.ds + swizzled(key * 128 + chunk * 16, Swizzle::k128), ds[n]);
+      for (int n = piece * kPieceTiles; n < (piece + 1) * kPieceTiles; n += 2) {
+        scores.differentiate(8 * n, n, weights, dp);
+        to_left<T>(ds[n % kPieceTiles / 2], dp[n], dp[n + 1]);
+        if (kShort) {
+          static_assert(!kShort || kQueries == 64, "a row of dsᵀ is one span of the swizzle");
+          const int key = row + lane_index() % 16, chunk = n + lane_index() / 16;
+          ptx::store_matrix_4(memory.ds + swizzled(key * 128 + chunk * 16, Swizzle::k128),
+                              ds[n % kPieceTiles / 2]);
+        }
       }
+      ptx::wgmma_fence(dk_acc, ds);
+      multiply<T, Tile>(dk_acc, ds,
+                        advance(describe_transposed<Tile, kQueries>(q),
+                                piece * kPieceTiles * 8 * Tile::kSpanBytes));
+      ptx::wgmma_commit();
+      if constexpr (kTight) ptx::wgmma_wait<0>(dk_acc, ds);
+    }
+    if constexpr (kShort) {
       ptx::fence_async_shared();
       ptx::named_barrier_sync(kConsumersBarrier, 128 * Tile::kWarpgroups);
       // The warpgroups share out the columns of dq; where they have unlike parts they take turns.

@@ -135,7 +135,7 @@ BERTKERN_DEVICE void consume_keys(const AttentionKernelArguments& a, const Query
     if (a.dlse != nullptr) delta -= a.dlse[at_lse + inside];
     rows.set(half, i < s.len_q, a.lse[at_lse + inside], delta, kGeneral ? 1.0f : kLog2e);
   }
-  if (kVariant != AttentionVariant::kPlain && a.dropout_threshold != 0) {
+  if (has_dropout<kVariant>(a)) {
     rows.keys =
         dropout_row(dropout_stream_of(a, index, head), static_cast<uint32_t>(first_row + g));
   }

@@ -145,6 +145,32 @@ void start_accumulation(Thread& thread, float* registers, int words, uint32_t gr
   std::memset(registers, 0xFF, count * sizeof(float));
 }
 
+const Accumulations::Operand* find_operand(const Accumulations& own, const uint32_t* registers) {
+  for (const Accumulations::Operand& left : own.operands) {
+    if (left.registers == registers) return &left;
+  }
+  return nullptr;
+}
+
+// Registers of a left operand are the product's until the wait, as the accumulators are.
+void take_left_operand(Thread& thread, const uint32_t* registers, uint32_t group,
+                       const void* place) {
+  Accumulations& own = thread.accumulations;
+  for (Accumulations::Operand& running : own.operands) {
+    if (running.registers == registers) {
+      running.group = group;
+      return;
+    }
+  }
+  check_fenced(thread, registers, 4, "left operands", place);
+  Accumulations::Operand left{const_cast<uint32_t*>(registers), {}, group};
+  std::copy_n(registers, 4, left.value.begin());
+  std::fill_n(left.registers, 4, kPoison);
+  own.not_held.erase(std::remove(own.not_held.begin(), own.not_held.end(), registers),
+                     own.not_held.end());
+  own.operands.push_back(left);
+}
+
 // The next product may add to what this one has left, as long as nobody touches it.
 void note_result(Accumulations& own, const Accumulation& done) {
   const auto* registers = reinterpret_cast<const uint32_t*>(done.registers);
@@ -293,13 +319,19 @@ void warpgroup_fence(const void* registers, int words) {
     if (static_cast<const void*>(running.registers) == registers) return;
   }
   const auto count = static_cast<size_t>(words);
+  FencedRegisters now{first, {first, first + count}};
+  for (const Accumulations::Operand& left : own.operands) {  // as they will be again
+    if (contains(now, left.registers, left.value.size())) {
+      std::copy(left.value.begin(), left.value.end(), now.value.begin() + (left.registers - first));
+    }
+  }
   own.fenced.erase(std::remove_if(own.fenced.begin(), own.fenced.end(),
                                   [&](const FencedRegisters& fenced) {
                                     return first < fenced.registers + fenced.value.size() &&
                                            fenced.registers < first + count;
                                   }),
                    own.fenced.end());
-  own.fenced.push_back({first, {first, first + count}});
+  own.fenced.push_back(std::move(now));
 }
 
 void warpgroup_product(float* d, int words, WarpgroupOperands operands) {
@@ -312,10 +344,7 @@ void warpgroup_product(float* d, int words, WarpgroupOperands operands) {
   if (operands.a_registers == nullptr) {
     check_descriptor(operands.a_tile, "left", place);
   } else {
-    check_fenced(thread, operands.a_registers, 4, "left operands", place);
-    Accumulations::Operand left{operands.a_registers, {}, number};
-    std::copy_n(operands.a_registers, 4, left.value.begin());
-    own.operands.push_back(left);
+    take_left_operand(thread, operands.a_registers, number, place);
   }
   start_accumulation(thread, d, words, number, place);
   own.place = place_of(place);
@@ -341,7 +370,7 @@ void warpgroup_product(float* d, int words, WarpgroupOperands operands) {
     }
     product.registers[static_cast<size_t>(t)] = other.product.accumulators;
     if (operands.a_registers != nullptr) {
-      product.a_registers.push_back(other.accumulations.operands.back().value);
+      product.a_registers.push_back(find_operand(other.accumulations, theirs.a_registers)->value);
     }
   }
   touch_tiles(group, operands, 2 * words, number, place);
@@ -389,9 +418,12 @@ void warpgroup_wait(int pending) {
       ++i;
       continue;
     }
-    if (!std::equal(left.value.begin(), left.value.end(), left.registers)) {
-      fail_at("waits for a product", place,
-              "its left operands have been written while it was under way");
+    for (uint32_t word = 0; word < left.value.size(); ++word) {
+      if (left.registers[word] != kPoison) {
+        fail_at("waits for a product", place,
+                "its left operands have been written while it was under way");
+      }
+      left.registers[word] = left.value[word];
     }
     own.not_held.push_back(left.registers);
     own.operands.erase(own.operands.begin() + static_cast<std::ptrdiff_t>(i));

@@ -29,12 +29,12 @@ struct FencedRegisters {
   std::vector<uint32_t> value;
 };
 
-// Of one thread. Left operands stay as they are until the wait.
+// Of one thread. In its registers is NaN until the wait, in those of left operands, too.
 struct Accumulations {
   std::vector<Accumulation> under_way;
   std::vector<FencedRegisters> fenced;
   struct Operand {
-    const uint32_t* registers;
+    uint32_t* registers;
     std::array<uint32_t, 4> value;
     uint32_t group;
   };

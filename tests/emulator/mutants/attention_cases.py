@@ -1,8 +1,10 @@
 """Cases of attention. The table of the mutants' tiles makes 32 keys at D <= 64, and 80 at D <= 96,
-those of one tile in the backward; the others walk over tiles of 32 and 16."""
+those of one tile in the backward, on Hopper 64 and, without options, 128 (and 64 at D <= 128); the
+others walk over tiles of 32 and 16."""
 
 import math
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from fuzz.softmax import Options, one_sequence
@@ -44,6 +46,23 @@ def edge_of_dropout(offset: int, batch: int, heads: int, queries: int, keys: int
     raise AssertionError("no seed has such a threshold")
 
 
+def just_below(offset: int, batch: int, heads: int, queries: int, keys: int, bit: int):
+    """(seed, p) such that the bits of a key with this bit 3 are one below the threshold, which must
+    drop them, and so close to it as can be: the kernels compare them with what stands behind them,
+    the key's bits xor those of the key with the other bit 3, where it has ones alone."""
+    sequence, head, i, j = torch.meshgrid(
+        *(torch.arange(n) for n in (batch, heads, queries, keys // 16 * 16)), indexing="ij"
+    )
+    for seed in range(2000):
+        bits = random_bits(torch.tensor([seed]), sequence + offset, head, i, j).long()
+        pairs = bits.reshape(-1, 2, 8)
+        hit = (pairs[:, 0] ^ pairs[:, 1] == 0xFFFF) & (pairs[:, bit] > 8000)
+        hit &= pairs[:, bit] < 40000
+        if hit.any():
+            return torch.tensor([seed]), (int(pairs[:, bit][hit][0]) + 1) / 65536
+    raise AssertionError("no seed has such bits")
+
+
 def _poisoned_bias(dice: Dice, sizes, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Normal values, some -Inf, NaN where no score reads them; a contiguous tensor."""
     if dtype == torch.bool:
@@ -76,18 +95,21 @@ def batched(
     bias: tuple[int, int, int, int] | None = None,
     bias_dtype: torch.dtype = HALF,
     dropout: bool = False,
+    below: int | None = None,
     dlse: bool = True,
     loud: float = 1.0,
     scale: float | None = None,
     **options,
 ) -> Case:
-    """Case of bertkern.attention; `bias` is its sizes, `dlse` whether lse has a gradient, `loud`
-    how large v and dout are."""
+    """Case of bertkern.attention; `bias` is its sizes, `below` the bit of just_below, `dlse` whether
+    lse has a gradient, `loud` how large v and dout are."""
     dice = Dice(seed)
     choice = Options(dim**-0.5 if scale is None else scale, **options)
     if dropout:
         choice.offset = 3
         choice.seed, choice.dropout_p = edge_of_dropout(3, batch, heads[0], queries, keys)
+    if below is not None:
+        choice.seed, choice.dropout_p = just_below(choice.offset, batch, heads[0], queries, keys, below)
     leaves = {
         "q": dice.rows(batch, queries, heads[0], dim),
         "k": dice.rows(batch, keys, heads[1], dim),
@@ -248,8 +270,55 @@ class NanInside:
                 assert torch.equal(lse.isnan()[0, 0], wrong), "lse"
 
 
+class NanInGradient:
+    """NaN in a query, or in the gradient of its output, reaches no gradient of another query, nor,
+    but where it is multiplied with 0, that of a key that the query does not see."""
+
+    name = "NaN in a gradient"
+
+    def prepare(self) -> None:
+        dice = Dice(24)
+        self.leaves = {keys: [dice.rows(1, n, 1, 64) for n in (20, keys, keys)] for keys in (40, 80)}
+        self.out = dice.rows(1, 20, 1, 64)
+
+    def check(self) -> None:
+        for keys, general, in_query in product((40, 80), (False, True), (False, True)):
+            q, k, v = (t.clone() for t in self.leaves[keys])
+            out, unseen = self.out.clone(), slice(keys - 14, None)
+            (q if in_query else out)[0, 5] = NAN
+            leaves = [t.requires_grad_() for t in (q, k, v)]
+            bias = torch.zeros(1, 1, 20, keys, requires_grad=True) if general else None
+            got = bertkern.attention(q, k, v, causal=True, bias=bias)
+            grads = torch.autograd.grad(got, [*leaves, bias] if general else leaves, out)
+            wrong = torch.arange(20) == 5
+            assert torch.equal(grads[0].isnan().any(-1)[0, :, 0], wrong), "d q"
+            assert not grads[2 if in_query else 1][0, unseen].isnan().any(), "d v or d k"
+            if general:
+                assert torch.equal(grads[3][0, 0].isnan().any(-1), wrong), "d bias"
+                assert not grads[3][0, 0, :, unseen].isnan().any(), "d bias, unseen"
+
+
+class ManyKeys:
+    """More heads than have their keys in the second-level cache, which take turns on Hopper."""
+
+    name = "many keys"
+
+    def prepare(self) -> None:
+        dice = Dice(31)
+        self.q = dice.rows(1, 70, 4, 96)
+        self.k, self.v = (dice.rows(1, 20_000, 1, 96) for _ in range(2))
+        self.lengths = torch.tensor([20], dtype=torch.int32)
+        q, k, v = (t.double().transpose(1, 2) for t in (self.q, self.k[:, :20], self.v[:, :20]))
+        self.expected = ((q @ k.mT) / 96**0.5).softmax(-1).matmul(v).transpose(1, 2)
+
+    def check(self) -> None:
+        with torch.no_grad():
+            out = bertkern.attention(self.q, self.k, self.v, key_lengths=self.lengths, causal=True)
+        assert torch.allclose(out.double(), self.expected, atol=2e-3), "out"
+
+
 # The first ones are those that find most.
-CASES: tuple[Callable[[], Case | NanInside], ...] = (
+CASES: tuple[Callable[[], Case | NanInside | NanInGradient | ManyKeys], ...] = (
     lambda: batched("short, causal, dropout", 1, 41, 29, dim=56, causal=True, dropout=True),
     lambda: batched("long, window, dropout", 2, 75, 71, dim=56, window=(20, 9), dropout=True),
     lambda: batched(
@@ -273,7 +342,7 @@ CASES: tuple[Callable[[], Case | NanInside], ...] = (
         softcap=1.5,
         dropout=True,
     ),
-    lambda: batched("long, lengths, holes", 6, 67, 70, batch=3, lengths=[69, 33, 0], holes=True),
+    lambda: batched("long, lengths, holes", 6, 65, 66, batch=3, lengths=[65, 33, 0], holes=True),
     lambda: batched("whole tiles", 7, 64, 64, heads=(2, 2), dlse=False),
     lambda: batched("whole tiles, short", 8, 64, 32, heads=(2, 2), dlse=False),
     lambda: batched(
@@ -286,7 +355,9 @@ CASES: tuple[Callable[[], Case | NanInside], ...] = (
         dropout=True,
     ),
     lambda: batched("bias of a sequence", 10, 35, 40, bias=(2, 1, 1, 1), bias_dtype=torch.float32),
-    lambda: batched("bool mask, short", 11, 40, 24, bias=(1, 2, 40, 24), bias_dtype=torch.bool),
+    lambda: batched(
+        "bool mask, holes, short", 11, 40, 24, holes=True, bias=(1, 2, 40, 24), bias_dtype=torch.bool
+    ),
     lambda: varlen(
         "varlen, D 96, window, bias",
         12,
@@ -297,7 +368,7 @@ CASES: tuple[Callable[[], Case | NanInside], ...] = (
         bias=(1, 2),
         dropout=True,
     ),
-    lambda: varlen("varlen, D 96, all short", 13, [(33, 75), (5, 1), (1, 17)], (40, 36), dim=96),
+    lambda: varlen("varlen, D 96, all short", 13, [(66, 75), (5, 1), (1, 17)], (40, 36), dim=96),
     # Queries that see nothing, with NaN in q and dout: before the first key, one alone, behind the
     # last key, one alone there.
     lambda: batched("causal, left padding", 15, 66, 66, causal=True, holes=True),
@@ -305,12 +376,45 @@ CASES: tuple[Callable[[], Case | NanInside], ...] = (
     lambda: batched("short, causal, one query too many", 17, 32, 31, causal=True),
     lambda: batched("window, lengths", 18, 80, 80, window=(11, -1), lengths=[68, 40]),
     lambda: batched("short, window, lengths", 19, 30, 30, window=(4, 0), lengths=[25, 9]),
-    lambda: batched("short, softcap, scale below 0", 22, 35, 20, softcap=2.0, scale=-0.2),
-    lambda: NanInside(),
-    lambda: batched("lengths beyond the last key", 21, 20, 36, lengths=[50, 36]),
+    # On Hopper by the kernels for any number of keys, whose tiles of v are not cleared.
+    lambda: batched(
+        "short, D 96, holes, softcap, scale below 0",
+        22,
+        35,
+        20,
+        dim=96,
+        holes=True,
+        softcap=2.0,
+        scale=-0.2,
+    ),
+    NanInside,
+    NanInGradient,
+    lambda: batched(
+        "lengths beyond the last key, and one less", 21, 20, 36, batch=3, lengths=[50, 36, 35]
+    ),
     # dp and delta are equal, and so is what delta is summed from.
     lambda: batched(
-        "long, one key each", 20, 20, 84, window=(0, 0), dropout=True, loud=4.0, dlse=False
+        "one key each", 20, 40, 40, window=(0, 0), dropout=True, loud=4.0, dlse=False
     ),
+    lambda: batched(
+        "long, one key each", 25, 20, 84, window=(0, 0), dropout=True, loud=4.0, dlse=False
+    ),
+    lambda: batched("just below the threshold", 26, 16, 16, below=0),
+    lambda: batched("just below the threshold, bit 3", 27, 16, 16, below=1),
+    # Maxima grow by more than a row keeps its factor for, and are below 0.
+    lambda: batched("large scores", 28, 18, 64, scale=1.0),
+    # The first query of a warp sees all keys of its last tile but one.
+    lambda: batched("causal, all but one key", 32, 18, 64, batch=1, causal=True),
+    lambda: varlen(
+        "varlen, D 120, causal, dropout",
+        29,
+        [(70, 66), (9, 40)],
+        (3, 4),
+        dim=120,
+        causal=True,
+        dropout=True,
+    ),
+    lambda: varlen("varlen, 32 sequences", 30, [(1, 2)] * 32, (1, 1), heads=(1, 1)),
+    ManyKeys,
     lambda: batched("D 8, one row", 14, 1, 1, dim=8, heads=(1, 1)),
 )

@@ -72,10 +72,14 @@ _CHOSEN_ZERO = (
     "whatever dp, lse or delta hold."
 )
 _NOT_STORED = "A row behind the last one is stored nowhere, and its products reach no other row."
-_NOTHING_DROPPED = "With threshold 0 every bit is kept, and the scale is 1."
+_CLEARED = "A tile is looked through without need: no row of it that counts is cleared."
+
+_EMPTY_LSE = "The greatest score of an empty row is -Inf, and so is what is added to it."
+_NOBODY_READS = "A tile of q comes that nobody reads: there are no keys to multiply it with."
+_ANOTHER_ORDER = "A block takes the other one's tile of the round: each still has its block."
 
 _NAN_STAYS = "y is NaN where x is, through exp2 and the reciprocal."
-_ZERO_EITHER_WAY = "At equality both sides of the choice are the same."
+_EITHER_WAY = "At equality both sides of the choice are the same."
 _NO_KEYS_LEFT = "The loop inside has no keys left and ends at once."
 _SKIPPED = "What is loaded is skipped below: there is no key, or the segment is not stored."
 
@@ -84,7 +88,14 @@ _STORES_NOTHING = "store_vector stores nothing in columns that do not exist."
 
 _QUERIES, _KEYS, _BIAS = (f"sm80/attention_bwd_{x}.cuh" for x in ("queries", "keys", "bias"))
 _FWD, _SCORE = "sm80/attention_fwd.cuh", "attention_score.cuh"
+_GRADIENT = "attention_gradient.cuh"
 _KERNELS, _BACKWARD = "sm80/attention", "sm80/attention_bwd"
+_HOPPER, _HOPPER_BACKWARD = "sm90/attention", "sm90/attention_bwd"
+_HOPPER_QUERIES, _HOPPER_KEYS = (f"sm90/attention_bwd_{x}.cuh" for x in ("queries", "keys"))
+_PIPELINE = "sm90/pipeline.cuh"
+_HOPPER_FWD, _SCHEDULE, _SOFTMAX = (
+    f"sm90/attention_{x}.cuh" for x in ("fwd", "schedule", "softmax")
+)
 _ROW, _TABLES = "sm80/layer_norm_row.cuh", "sm80/embedding_layer_norm_tables.cuh"
 _FAR_AWAY = "A side that is 2^30 from the diagonal is as open as one that is 2^30 from 0."
 
@@ -100,7 +111,6 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         _MORE_TILES_DELTA,
         _SCORE,
         "first_q + kRows < s.len_q",
-        "true",
         "first_q + kRows + 1 < s.len_q",
     ),
     _one(_MORE_TILES_DELTA, _SCORE, "end_q + s.high < s.len_k", "end_q + s.high + 1 < s.len_k"),
@@ -149,10 +159,17 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     Equivalent(_OWN_SCORES, _FWD, "kept", ("nullptr",), ordinal=1),
     Equivalent(_OWN_SCORES, _QUERIES, "kept", ("nullptr",), ordinal=2),
     Equivalent(_OWN_SCORES, _KEYS, "kept", ("nullptr",), ordinal=2),
-    _one(_CHOSEN_ZERO, _QUERIES, "row_lse != -kInfinity", "true"),
-    _one(_CHOSEN_ZERO, _QUERIES, "lse[half] != kInfinity", "true"),
-    _one(_CHOSEN_ZERO, _BACKWARD, "score != -kInfinity", "true"),
-    _one(_CHOSEN_ZERO, _BACKWARD, "!seen", "false"),
+    _one(_CHOSEN_ZERO, _GRADIENT, "row_lse != -kInfinity", "true"),
+    _one(_CHOSEN_ZERO, _GRADIENT, "lse[half] != kInfinity", "true"),
+    _one(_CHOSEN_ZERO, _GRADIENT, "score != -kInfinity", "true"),
+    Equivalent(
+        "Without options ds only enters its own query's dq, which is NaN where delta is.",
+        _GRADIENT,
+        "!whole",
+        ("false",),
+        source="if (kGeneral || !whole) {",
+    ),
+    Equivalent("Otherwise the sums are 0, or nobody reads them.", _GRADIENT, "all_keys", ("true",)),
     _one(_CHOSEN_ZERO, _KEYS, "s.high < 0", "s.high <= 0"),
     _one(_NOT_STORED, _QUERIES, "i < s.len_q", "true", "i <= s.len_q", source="rows[r].set("),
     _one(
@@ -178,36 +195,186 @@ EQUIVALENT: tuple[Equivalent, ...] = (
             "static_cast<uint32_t>(first_q + row + 16 * r + g)",
         )
     ),
-    Equivalent(_NOTHING_DROPPED, _FWD, "a.dropout_threshold != 0", ("true",), ordinal=2),
+    _one("Held anew from the same tile.", _KEYS, "step == 0", "true"),
+    _one(_EMPTY_LSE, _FWD, "total == 0.0f", "false", source="lse[i]"),
+    # Hopper.
+    _one(
+        "A ring of one stage for whoever counts through it.",
+        _PIPELINE,
+        "++index == kStages",
+        "true",
+    ),
+    _one("All lanes have the value.", _PIPELINE, "0", "(0) ^ 1"),
+    _one(
+        "All chunks of the row are cleared, one after the other.",
+        _PIPELINE,
+        "chunk_offset<Tile, kRows>(row, at % kChunks)",
+        "chunk_offset<Tile, kRows>(row, (at % kChunks) ^ 1)",
+    ),
     Equivalent(
-        _NOTHING_DROPPED,
-        _QUERIES,
-        "a.dropout_threshold != 0",
-        ("true",),
-        source="if (kVariant",
+        "Between two uses of a tile the warp meets at another barrier, too.",
+        "sm90/attention_tile.cuh",
+        "ptx::warp_barrier();",
         ordinal=1,
     ),
-    _one("Held anew from the same tile.", _KEYS, "step == 0", "true"),
+    # Hopper, backward.
+    _one(_MORE_TILES, _HOPPER_KEYS, "own.first_k + Tile::kRows < s.len_k"),
+    _one(_MORE_TILES, _HOPPER_KEYS, "own.first_k - s.high < 0", "own.first_k - s.high + 1 < 0"),
+    _one(_MORE_TILES, _HOPPER_KEYS, "last_query > first_query", "true", "last_query >= first_query"),
+    _one(_STRICTER_WHOLE, _HOPPER_KEYS, "first_q + kQueries < s.len_q"),
+    _one(_CLEARED, _HOPPER_KEYS, "s.high < 0", "s.high <= 0"),
     _one(
-        "The greatest score of an empty row is -Inf, and so is what is added to it.",
-        _FWD,
-        "total == 0.0f",
-        "false",
-        source="lse[i]",
+        _CLEARED,
+        _HOPPER_KEYS,
+        "own.first_k + Tile::kRows > s.len_k",
+        "true",
+        "own.first_k + Tile::kRows >= s.len_k",
     ),
+    _one(_CLEARED, _HOPPER_KEYS, "a.cu_seqlens_q != nullptr", "true", source="some_see_nothing"),
+    _one(
+        _CLEARED,
+        _HOPPER_KEYS,
+        "first_q + kQueries > s.len_q",
+        "true",
+        "first_q + kQueries >= s.len_q",
+    ),
+    _one(
+        _CLEARED,
+        _HOPPER_QUERIES,
+        "first_k + kKeys > s.len_k",
+        "true",
+        "first_k + kKeys >= s.len_k",
+    ),
+    _one(_CHOSEN_ZERO, _HOPPER_KEYS, "fact.lse[n] != kInfinity", "true"),
+    _one(_SAME_GROUP, _HOPPER_KEYS, "static_cast<uint32_t>(i)", "static_cast<uint32_t>(i) ^ 8u"),
+    _one(
+        _SAME_GROUP,
+        _HOPPER_QUERIES,
+        "static_cast<uint32_t>(first_row + g)",
+        "static_cast<uint32_t>(first_row + g) ^ 8u",
+    ),
+    _one(
+        _TWICE,
+        _HOPPER_BACKWARD,
+        "s.len_k < a.least_keys",
+        "false",
+        "s.len_k + 1 < a.least_keys",
+    ),
+    _one(_TWICE, _HOPPER_KEYS, "s.len_k > a.most_keys", "false"),
+    _one(
+        "A block behind the last key sees nothing and stores nothing.",
+        _HOPPER_KEYS,
+        "block * Tile::kRows >= s.len_k",
+        "block * Tile::kRows > s.len_k",
+    ),
+    _one(
+        "The last query is read where it is, or in its place.",
+        _HOPPER_QUERIES,
+        "i < s.len_q",
+        "i + 1 < s.len_q",
+        source="const int inside",
+    ),
+    _one(
+        _NOT_STORED, _HOPPER_QUERIES, "i < s.len_q", "true", "i <= s.len_q", source="rows.set(half"
+    ),
+    *(
+        _one(_MASKED_ANYWAY, _HOPPER_BACKWARD, f"sees_all({given})", "false")
+        for given in (
+            "s, kept, own.first_q, own.end_q, first_k, first_k + kKeys",
+            "s, own.kept, first_q, end_q, own.first_k, own.first_k + Tile::kRows",
+        )
+    ),
+    _one(
+        "A warp overwrites rows of q that its own share of the products alone reads, and it has "
+        "waited for these.",
+        _HOPPER_QUERIES,
+        "ptx::named_barrier_sync(kConsumersBarrier, 128 * Tile::kWarpgroups);",
+    ),
+    # Hopper, forward.
+    _one(_CLEARED, _HOPPER_FWD, "end_k > len_k", "true", "end_k >= len_k"),
+    Equivalent(
+        "Every lane asks for the tensor maps.", _HOPPER_FWD, "ptx::elect_one()", ("true",), ordinal=1
+    ),
+    *(
+        _one(_NOBODY_READS, _HOPPER_FWD, before, "true", *others)
+        for before, *others in (
+            ("queries.first_tile < queries.end_tile", "queries.first_tile <= queries.end_tile"),
+            ("any",),
+        )
+    ),
+    _one("The loop over no tiles ends at once.", _HOPPER_FWD, "!any", "false"),
+    _one(_EMPTY_LSE, _HOPPER_FWD, "total == 0.0f", "false", source="lse[i]"),
+    _one("Where no row has grown all factors are 1.", _HOPPER_FWD, "rows.corrected", "true"),
+    _one(_ANOTHER_ORDER, _SCHEDULE, "round_ % 2 == 0"),
+    _one(
+        "Then no pairs are left, and the next return but one is taken.",
+        _SCHEDULE,
+        "first >= all",
+        "false",
+        "first > all",
+    ),
+    _one(_EITHER_WAY, _SCHEDULE, "first + pairs_ < all", "first + pairs_ <= all"),
+    _one(
+        "More tiles of queries: those behind a sequence's last one hold no rows.",
+        _SCHEDULE,
+        "index < a_.batch",
+        "false",
+        "index + 1 < a_.batch",
+    ),
+    _one(
+        "Comparing as floats finds the greatest score of any sign.", _SOFTMAX, "most < 0", "true"
+    ),
+    _one(
+        "Comparing as floats finds the greatest score of any sign.",
+        _SOFTMAX,
+        "most < 0",
+        "most <= 0",
+    ),
+    _one(
+        "Each lane multiplies its own rows; that lanes of a warp part before an aligned wait is "
+        "what the emulator does not see.",
+        _SOFTMAX,
+        "ptx::vote_any(grown)",
+        "grown",
+    ),
+    _one(
+        "As a word -1 is NaN, and all of a row that has one becomes NaN.",
+        _SOFTMAX,
+        "most < 0",
+        "most + 1 < 0",
+    ),
+    *(
+        _one("Below tile 0 there is none.", _SOFTMAX, before, "true", f"{before[:-3]}>= 0")
+        for before in ("low > 0", "end > 0")
+    ),
+    _one("Before key 0 there is none.", _SOFTMAX, "i + queries_.s.low > 0"),
+    _one(
+        _SAME_GROUP,
+        _SOFTMAX,
+        "static_cast<uint32_t>(first_row_ + lane_index() / 4)",
+        "static_cast<uint32_t>(first_row_ + lane_index() / 4) ^ 8u",
+    ),
+    _one(_MASKED_ANYWAY, _SOFTMAX, "tile >= first_whole_", "tile > first_whole_"),
+    _one(
+        _EITHER_WAY,
+        _SOFTMAX,
+        "i + queries_.s.high < queries_.s.len_k",
+        "i + queries_.s.high + 1 < queries_.s.len_k",
+    ),
+    _one(_EITHER_WAY, _SOFTMAX, "end > low", "end >= low"),
     # Functions.
     _one(
         "Only rounding: the logarithm of 1 is 6e-8 instead of 0, far below what 16-bit scores err.",
         _SCORE,
         "f.value > 1.41421356f",
     ),
-    _one(_ZERO_EITHER_WAY, _SCORE, "x < 0.0f", "x <= 0.0f"),
+    _one(_EITHER_WAY, _SCORE, "x < 0.0f", "x <= 0.0f"),
     _one(_NAN_STAYS, _SCORE, "x != x", "false", source="-y"),
     # LayerNorm and embeddings.
     _one(_ONE_BY_ONE, _ROW, "column + kVector <= cols"),
-    _one(_ZERO_EITHER_WAY, _ROW, "variance < 0.0f", "variance <= 0.0f"),
-    _one(_ZERO_EITHER_WAY, "sm80/embedding_layer_norm_row.cuh", "id < 0", "id <= 0"),
-    _one(_ZERO_EITHER_WAY, "sm80/embedding_layer_norm_row.cuh", "id < size", "id + 1 < size"),
+    _one(_EITHER_WAY, _ROW, "variance < 0.0f", "variance <= 0.0f"),
+    _one(_EITHER_WAY, "sm80/embedding_layer_norm_row.cuh", "id < 0", "id <= 0"),
+    _one(_EITHER_WAY, "sm80/embedding_layer_norm_row.cuh", "id < size", "id + 1 < size"),
     _one(_NO_KEYS_LEFT, _TABLES, "start < last", "start <= last"),
     _one(_NO_KEYS_LEFT, _TABLES, "start + batch < last", "start + batch <= last"),
     _one(_SKIPPED, _TABLES, "key[u] != a.padding_row", "true", source="wanted"),

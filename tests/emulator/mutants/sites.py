@@ -43,7 +43,8 @@ class Mutant:
         """The same for the same text, wherever in its file it moves."""
         wrong = self.after or "nothing"
         number = f" #{self.ordinal}" if self.ordinal > 1 else ""
-        return f"{self.file}: `{self.source}`: `{self.before}` -> `{wrong}`{number}"
+        before = re.sub(r"\s+", " ", self.before)
+        return f"{self.file}: `{self.source}`: `{before}` -> `{wrong}`{number}"
 
 
 Found = Iterator[tuple[int, str, list[str]]]  # where, what stands there, what could instead
@@ -302,7 +303,7 @@ RULES: dict[str, tuple[Callable[[str], Found], ...]] = {
         _argument("ptx::barrier_expect_bytes", 1, "({}) - 16", "({}) + 16"),
         *(_argument("load_tile", index, "({}) + 1") for index in (2, 3, 4)),
         _texts(r"\bpart \* Tile::kSpan\b(?=, head)", "0"),
-        _argument("store_rows", 2, "({}) ^ 16"),
+        _argument("store_rows", 2, "0"),
         _argument("store_rows", 5, "({}) + 1"),
         _argument("store_rows", 6, "({}) + 1"),
         _argument("store_rows", 7, "({}) + 8"),
