@@ -280,8 +280,12 @@ class BuildExtension(build_ext):
             raise subprocess.CalledProcessError(
                 done.returncode, line, stderr=done.stdout + done.stderr
             )
-        if done.stderr and "ptxas info" not in done.stderr:
-            print(done.stderr, file=sys.stderr, flush=True)
+        # ptxas prints every kernel's registers; of that only what it warns of is worth seeing.
+        said = done.stderr.splitlines()
+        if "ptxas info" in done.stderr:
+            said = [line for line in said if "(C7" in line or "warning" in line]
+        if said:
+            print("\n".join(said), file=sys.stderr, flush=True)
         record.write_text(line)
         return target
 

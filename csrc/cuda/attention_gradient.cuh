@@ -98,12 +98,14 @@ struct KeyScores {
       const TwoFloats delta = two(facts.delta, part + 8 * next + 2 * t);
 #pragma unroll
       for (int at = 0; at < 4; ++at) dp[first + next][at] -= delta.value[at % 2];
+      if (chooses) {
 #pragma unroll
-      for (int at = 0; at < 4; ++at) {
-        const float weight = weights[first + next][at];
-        float& x = dp[first + next][at];
-        x = chooses && weight == 0.0f ? 0.0f : weight * x;
+        for (int at = 0; at < 4; ++at) {
+          if (weights[first + next][at] == 0.0f) dp[first + next][at] = 0.0f;
+        }
       }
+#pragma unroll
+      for (int at = 0; at < 4; ++at) dp[first + next][at] *= weights[first + next][at];
     }
   }
 
