@@ -83,13 +83,14 @@ void launch_bwd(AttentionKernelArguments a, void* stream) {
   // a batch both are launched, each leaving out the sequences of the other.
   const bool own_lengths = a.cu_seqlens_k != nullptr || a.key_lengths != nullptr;
   const bool some_long = a.seqlen_k > Short::kRows;
-  const bool some_short = own_lengths || !some_long;
+  const int64_t short_sequences = some_long ? a.batch : sequences(a);
+  const bool some_short = (own_lengths || !some_long) && short_sequences > 0;
   if (some_short) {
     AttentionKernelArguments part = a;
     part.least_keys = 0;
     part.most_keys = Short::kRows;
     launch_attention<Short>(sm80::attention_bwd_keys_kernel<T, Short, kVariant, true>, part, 1,
-                            a.key_heads * (some_long ? a.batch : sequences(a)),
+                            a.key_heads * short_sequences,
                             sm80::attention_bwd_keys_shared_bytes<Short, true>(), stream,
                             "attention_bwd_short");
   }

@@ -1,6 +1,7 @@
 // CUDA attention backward for Hopper: tensor maps, launch. Compiled for sm_90a alone. What is
 // compiled: fp16 and bf16 x the padded head dims 32, 64, 96, 128 x the variants of
 // AttentionVariant; tiles are HopperAttentionTiles of common/attention_params.h.
+#include <algorithm>
 #include <climits>
 #include <type_traits>
 
@@ -14,7 +15,7 @@
 namespace bertkern::cuda {
 namespace {
 
-int tiles_of(int length, int tile) { return (length + tile - 1) / tile; }
+int tiles_of(int length, int tile) { return std::max(1, (length + tile - 1) / tile); }
 
 // In varlen one more "sequence" holds the rows behind the last one.
 int64_t sequences(const AttentionKernelArguments& a) {
@@ -57,10 +58,11 @@ void launch_bwd(AttentionKernelArguments a, DType dtype, void* stream) {
   if constexpr (!std::is_void_v<Short>) {
     const bool own_lengths = a.cu_seqlens_k != nullptr || a.key_lengths != nullptr;
     some_long = a.seqlen_k > Short::kRows;
-    if (own_lengths || !some_long) {
+    const int64_t its_sequences = some_long ? a.batch : sequences(a);
+    if ((own_lengths || !some_long) && its_sequences > 0) {
       AttentionKernelArguments part = a;
       part.most_keys = Short::kRows;
-      launch_keys<T, Short, kVariant, true>(part, dtype, some_long ? a.batch : sequences(a), stream,
+      launch_keys<T, Short, kVariant, true>(part, dtype, its_sequences, stream,
                                             "attention_bwd_short");
     }
     a.least_keys = Short::kRows + 1;

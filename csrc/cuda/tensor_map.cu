@@ -58,8 +58,12 @@ TensorMap make_tensor_map(const TensorBoxes& boxes, const std::string& what) {
     sizes[i] = static_cast<cuuint64_t>(boxes.sizes[i]);
     box[i] = static_cast<cuuint32_t>(boxes.box[i]);
     steps[i] = 1;
-    // Where there is one element, any stride is right, and the driver may not like the given one.
-    if (i > 0) strides[i - 1] = boxes.sizes[i] == 1 ? 16 : boxes.strides[i] * bytes;
+    if (i == 0) continue;
+    // Where there is one element any stride is right, and the driver may not like the given one:
+    // that of a dense tensor.
+    const auto given = static_cast<cuuint64_t>(boxes.strides[i] * bytes);
+    const cuuint64_t dense = (i == 1 ? bytes : strides[i - 2]) * sizes[i - 1];
+    strides[i - 1] = boxes.sizes[i] == 1 ? (dense + 15) / 16 * 16 : given;
   }
   CUtensorMap map;
   // Rows of 64 elements are 128 bytes: larger requests would fetch the neighbouring head's, too.

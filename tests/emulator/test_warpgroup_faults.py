@@ -36,6 +36,7 @@ CASES = [
     Case("divided_registers", 2, "from 168 to 160", ("lowers",), THREE_GROUPS),
     Case("divided_registers", 3, "for ever.*registers", ("raises",), THREE_GROUPS),
     Case("product_of_tiles", 15, "aligned to 256"),  # describe_tile of such a place
+    Case("product_of_tiles", 17, "a warpgroup has parted: .* wgmma_wait"),  # at two places
     Case("product_of_tiles", 16, "registers"),  # wgmma_wait without those of the product
     Case("divided_registers", 6, "for ever.*registers", ("raises",), THREE_GROUPS),
     Case("divided_registers", 4, "for ever.*registers", ("raises",), THREE_GROUPS),

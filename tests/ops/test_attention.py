@@ -305,6 +305,41 @@ def test_nan_inside_a_sequence_stays_in_it_and_propagates(backend, device):
     assert out[40:].isfinite().all()
 
 
+@pytest.mark.parametrize("keys", [128, 200])
+def test_infinite_key_gives_nan_nowhere(backend, device, keys):
+    """Its scores are -Inf, so nobody attends to it; nor do rows behind the last query."""
+    if backend == "triton":
+        pytest.xfail("rows behind the last query are 0 there, and 0 times Inf is NaN")
+    dtype = finest_dtype(backend)
+    skip_unless_computable("attention", backend, dtype, device, 64)
+    q = torch.rand(1, 60, 2, 64, device=device).add(0.1).to(dtype).requires_grad_()
+    k, v = (torch.randn(1, keys, 2, 64, device=device).to(dtype) for _ in range(2))
+    k[0, 7, 0, 3] = -math.inf
+    k, v = k.requires_grad_(), v.requires_grad_()
+    with bertkern.backend(backend):
+        out = bertkern.attention(q, k, v)
+        _, dk, dv = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+    assert out.isfinite().all()
+    assert dk.isfinite().all()
+    assert dv.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("cu", "longest", "dim"), [([0, 0, 0], (0, 0), 128), ([0, 0], (0, 200), 64), ([0], (0, 200), 64)]
+)
+def test_nothing_but_tokens_behind_the_last_sequence(backend, device, cu, longest, dim):
+    dtype = finest_dtype(backend)
+    skip_unless_computable("attention", backend, dtype, device, dim)
+    q, k, v = (torch.full((5, 2, dim), math.nan, dtype=dtype, device=device) for _ in range(3))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    cu = torch.tensor(cu, dtype=torch.int32, device=device)
+    with bertkern.backend(backend):
+        out = bertkern.attention_varlen(*leaves, cu, cu, *longest)
+        grads = torch.autograd.grad(out, leaves, torch.randn_like(out))
+    for t in (out, *grads):
+        assert (t == 0).all()
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_padded_and_unpadded_are_the_same(backend, device, causal):
     """The mask depends on logical coordinates only; so do the results, bit for bit, causal or

@@ -146,7 +146,9 @@ attention_bwd_keys_kernel(const AttentionKernelArguments a) {
       k_rows.hold();
       v_rows.hold();
     }
-    const bool whole = sees_all(s, kept, first_q, end_q, first_k, first_k + Tile::kRows);
+    // Rows behind the last query are zeros: against an infinite key they would give NaN.
+    const bool whole = first_q + kQueries <= s.len_q &&
+                       sees_all(s, kept, first_q, end_q, first_k, first_k + Tile::kRows);
     const ScoreOptions options = kGeneral ? score_options<T>(a, index, head) : ScoreOptions{};
 
     const KeyScores<T, kVariant, kQueries> scores{a,       s,    kept,    whole,

@@ -280,7 +280,9 @@ BERTKERN_DEVICE void consume_queries(const AttentionKernelArguments& a, const Ke
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>(weights, dp);
 
+    // Rows behind the last query are zeros: against an infinite key they would give NaN.
     const bool whole =
+        first_q + kQueries <= s.len_q &&
         sees_all(s, own.kept, first_q, end_q, own.first_k, own.first_k + Tile::kRows);
     const ScoreOptions options = kGeneral ? score_options<T>(a, own.index, head) : ScoreOptions{};
     const KeyScores<T, kVariant, kQueries> scores{a,       s,    own.kept, whole,

@@ -357,13 +357,14 @@ BERTKERN_DEVICE void consume(const AttentionKernelArguments& a,
     softmax_tile<kVariant, Tile>(scores, rows, options.to_log2(), options.slack());
     options.drop(scores, tile);
     // Two waits, since the assembler moves a wait up over the exponentials, but not over a branch.
-    if (rows.corrected) {
+    // All warps of the warpgroup come to the same one. The first product's sums are of no queries.
+    if (done > 0) {
       ptx::wgmma_wait<0>(out, p);
-      rows.rescale(out);
+      if (rows.corrected) rows.rescale(out);
+      release_v();
     } else {
       ptx::wgmma_wait<0>(out, p);
     }
-    if (done > 0) release_v();
     to_left<T>(p, scores);
     ++tile;
     last = ++done == tiles;

@@ -50,6 +50,13 @@ void release_warpgroup(Thread& last) {
   }
 }
 
+// All threads of the warpgroup come to the same instruction.
+void meet(Wait wait, const void* place) {
+  if (gather_warpgroup(wait, static_cast<int>(place_of(place)), place)) {
+    release_warpgroup(Machine::get().running());
+  }
+}
+
 // A tile of 16-bit elements in shared memory, as the bits of a descriptor say (PTX ISA, "Matrix
 // Descriptor" of wgmma; common/shared_tile.h). `across` counts rows of a left or columns of a right
 // operand.
@@ -379,12 +386,16 @@ void warpgroup_product(float* d, int words, WarpgroupOperands operands) {
   release_warpgroup(thread);
 }
 
-void warpgroup_commit() { ++Machine::get().running().accumulations.committed; }
+void warpgroup_commit() {
+  meet(Wait::kCommit, __builtin_return_address(0));
+  ++Machine::get().running().accumulations.committed;
+}
 
 void warpgroup_wait(int pending) {
   Machine& machine = Machine::get();
   Thread& thread = machine.running();
   const void* place = __builtin_return_address(0);
+  meet(Wait::kProductWait, place);
   Accumulations& own = thread.accumulations;
   const int64_t covered = static_cast<int64_t>(own.committed) - pending;
   if (covered <= own.waited) return;

@@ -38,6 +38,10 @@ const char* name_of(Wait wait) {
       return "cluster_wait";
     case Wait::kProduct:
       return "wgmma";
+    case Wait::kCommit:
+      return "wgmma_commit";
+    case Wait::kProductWait:
+      return "wgmma_wait";
     case Wait::kRegisters:
       return "raise_registers or lower_registers";
     case Wait::kSpin:

@@ -37,6 +37,8 @@ enum class Wait : uint8_t {
   kPhase,
   kCluster,
   kProduct,
+  kCommit,
+  kProductWait,
   kRegisters,
   kSpin,
   kEnded,

@@ -101,15 +101,17 @@ def batched(
     scale: float | None = None,
     **options,
 ) -> Case:
-    """Case of bertkern.attention; `bias` is its sizes, `below` the bit of just_below, `dlse` whether
-    lse has a gradient, `loud` how large v and dout are."""
+    """Case of bertkern.attention; `bias` is its sizes, `below` the bit of just_below, `dlse` says
+    whether lse has a gradient, `loud` how large v and dout are."""
     dice = Dice(seed)
     choice = Options(dim**-0.5 if scale is None else scale, **options)
     if dropout:
         choice.offset = 3
         choice.seed, choice.dropout_p = edge_of_dropout(3, batch, heads[0], queries, keys)
     if below is not None:
-        choice.seed, choice.dropout_p = just_below(choice.offset, batch, heads[0], queries, keys, below)
+        choice.seed, choice.dropout_p = just_below(
+            choice.offset, batch, heads[0], queries, keys, below
+        )
     leaves = {
         "q": dice.rows(batch, queries, heads[0], dim),
         "k": dice.rows(batch, keys, heads[1], dim),
@@ -278,7 +280,9 @@ class NanInGradient:
 
     def prepare(self) -> None:
         dice = Dice(24)
-        self.leaves = {keys: [dice.rows(1, n, 1, 64) for n in (20, keys, keys)] for keys in (40, 80)}
+        self.leaves = {
+            keys: [dice.rows(1, n, 1, 64) for n in (20, keys, keys)] for keys in (40, 80)
+        }
         self.out = dice.rows(1, 20, 1, 64)
 
     def check(self) -> None:
@@ -356,7 +360,13 @@ CASES: tuple[Callable[[], Case | NanInside | NanInGradient | ManyKeys], ...] = (
     ),
     lambda: batched("bias of a sequence", 10, 35, 40, bias=(2, 1, 1, 1), bias_dtype=torch.float32),
     lambda: batched(
-        "bool mask, holes, short", 11, 40, 24, holes=True, bias=(1, 2, 40, 24), bias_dtype=torch.bool
+        "bool mask, holes, short",
+        11,
+        40,
+        24,
+        holes=True,
+        bias=(1, 2, 40, 24),
+        bias_dtype=torch.bool,
     ),
     lambda: varlen(
         "varlen, D 96, window, bias",
@@ -393,9 +403,7 @@ CASES: tuple[Callable[[], Case | NanInside | NanInGradient | ManyKeys], ...] = (
         "lengths beyond the last key, and one less", 21, 20, 36, batch=3, lengths=[50, 36, 35]
     ),
     # dp and delta are equal, and so is what delta is summed from.
-    lambda: batched(
-        "one key each", 20, 40, 40, window=(0, 0), dropout=True, loud=4.0, dlse=False
-    ),
+    lambda: batched("one key each", 20, 40, 40, window=(0, 0), dropout=True, loud=4.0, dlse=False),
     lambda: batched(
         "long, one key each", 25, 20, 84, window=(0, 0), dropout=True, loud=4.0, dlse=False
     ),

@@ -18,7 +18,13 @@ from emulator import build
 from .sites import SOURCES, Mutant, sources
 
 OVERLAY = Path(__file__).resolve().parent / "overlay"
-UNITS = ("attention", "attention_bwd_sm90", "attention_sm90", "layer_norm", "embedding_layer_norm")  # of csrc/cuda
+UNITS = (  # of csrc/cuda
+    "attention",
+    "attention_bwd_sm90",
+    "attention_sm90",
+    "layer_norm",
+    "embedding_layer_norm",
+)
 FOLDER = build.BUILD / "mutants"
 
 

@@ -76,7 +76,7 @@ _CLEARED = "A tile is looked through without need: no row of it that counts is c
 
 _EMPTY_LSE = "The greatest score of an empty row is -Inf, and so is what is added to it."
 _NOBODY_READS = "A tile of q comes that nobody reads: there are no keys to multiply it with."
-_ANOTHER_ORDER = "A block takes the other one's tile of the round: each still has its block."
+_ANOTHER_ORDER = "A block takes another's tile of the round: each tile still has a block."
 
 _NAN_STAYS = "y is NaN where x is, through exp2 and the reciprocal."
 _EITHER_WAY = "At equality both sides of the choice are the same."
@@ -90,7 +90,7 @@ _QUERIES, _KEYS, _BIAS = (f"sm80/attention_bwd_{x}.cuh" for x in ("queries", "ke
 _FWD, _SCORE = "sm80/attention_fwd.cuh", "attention_score.cuh"
 _GRADIENT = "attention_gradient.cuh"
 _KERNELS, _BACKWARD = "sm80/attention", "sm80/attention_bwd"
-_HOPPER, _HOPPER_BACKWARD = "sm90/attention", "sm90/attention_bwd"
+_HOPPER_BACKWARD = "sm90/attention_bwd"
 _HOPPER_QUERIES, _HOPPER_KEYS = (f"sm90/attention_bwd_{x}.cuh" for x in ("queries", "keys"))
 _PIPELINE = "sm90/pipeline.cuh"
 _HOPPER_FWD, _SCHEDULE, _SOFTMAX = (
@@ -169,6 +169,12 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         ("false",),
         source="if (kGeneral || !whole) {",
     ),
+    Equivalent(
+        "Where every score counts a p of 0 has underflowed, and its ds is 0 unless dout is NaN.",
+        _GRADIENT,
+        "chooses",
+        ("true",),
+    ),
     Equivalent("Otherwise the sums are 0, or nobody reads them.", _GRADIENT, "all_keys", ("true",)),
     _one(_CHOSEN_ZERO, _KEYS, "s.high < 0", "s.high <= 0"),
     _one(_NOT_STORED, _QUERIES, "i < s.len_q", "true", "i <= s.len_q", source="rows[r].set("),
@@ -181,6 +187,14 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     ),
     _one("One wait and one barrier more.", _QUERIES, "tile > first_tile"),
     # Options.
+    Equivalent(
+        "Sums over the keys that nobody reads.",
+        _BIAS,
+        "sum_k",
+        ("true",),
+        "if (sum_k) {",
+        ordinal=1,
+    ),
     _one(_BROADCAST, _BIAS, "a.bias_sizes[0] == 1", "false", source="int first_sequence"),
     _one(_BROADCAST, _BIAS, "a.bias_sizes[1] == 1", "false", source="int first_head"),
     *(
@@ -218,10 +232,24 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         ordinal=1,
     ),
     # Hopper, backward.
+    _one(
+        "n and its end are even.",
+        _HOPPER_KEYS,
+        "n < (piece + 1) * kPieceTiles",
+        "n + 1 < (piece + 1) * kPieceTiles",
+    ),
     _one(_MORE_TILES, _HOPPER_KEYS, "own.first_k + Tile::kRows < s.len_k"),
     _one(_MORE_TILES, _HOPPER_KEYS, "own.first_k - s.high < 0", "own.first_k - s.high + 1 < 0"),
-    _one(_MORE_TILES, _HOPPER_KEYS, "last_query > first_query", "true", "last_query >= first_query"),
-    _one(_STRICTER_WHOLE, _HOPPER_KEYS, "first_q + kQueries < s.len_q"),
+    _one(
+        _MORE_TILES, _HOPPER_KEYS, "last_query > first_query", "true", "last_query >= first_query"
+    ),
+    _one(
+        _STRICTER_WHOLE,
+        _HOPPER_KEYS,
+        "first_q + kQueries < s.len_q",
+        "false",
+        "first_q + kQueries + 1 < s.len_q",
+    ),
     _one(_CLEARED, _HOPPER_KEYS, "s.high < 0", "s.high <= 0"),
     _one(
         _CLEARED,
@@ -293,7 +321,11 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     # Hopper, forward.
     _one(_CLEARED, _HOPPER_FWD, "end_k > len_k", "true", "end_k >= len_k"),
     Equivalent(
-        "Every lane asks for the tensor maps.", _HOPPER_FWD, "ptx::elect_one()", ("true",), ordinal=1
+        "Every lane asks for the tensor maps.",
+        _HOPPER_FWD,
+        "ptx::elect_one()",
+        ("true",),
+        ordinal=1,
     ),
     *(
         _one(_NOBODY_READS, _HOPPER_FWD, before, "true", *others)
@@ -307,7 +339,7 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     _one("Where no row has grown all factors are 1.", _HOPPER_FWD, "rows.corrected", "true"),
     _one(_ANOTHER_ORDER, _SCHEDULE, "round_ % 2 == 0"),
     _one(
-        "Then no pairs are left, and the next return but one is taken.",
+        "Then no pairs are left, and the next return is taken.",
         _SCHEDULE,
         "first >= all",
         "false",
@@ -321,9 +353,7 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "false",
         "index + 1 < a_.batch",
     ),
-    _one(
-        "Comparing as floats finds the greatest score of any sign.", _SOFTMAX, "most < 0", "true"
-    ),
+    _one("Comparing as floats finds the greatest score of any sign.", _SOFTMAX, "most < 0", "true"),
     _one(
         "Comparing as floats finds the greatest score of any sign.",
         _SOFTMAX,
@@ -347,7 +377,13 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         _one("Below tile 0 there is none.", _SOFTMAX, before, "true", f"{before[:-3]}>= 0")
         for before in ("low > 0", "end > 0")
     ),
-    _one("Before key 0 there is none.", _SOFTMAX, "i + queries_.s.low > 0"),
+    _one(
+        "Before key 0 there is none.",
+        _SOFTMAX,
+        "i + queries_.s.low > 0",
+        "true",
+        "i + queries_.s.low >= 0",
+    ),
     _one(
         _SAME_GROUP,
         _SOFTMAX,
@@ -372,6 +408,17 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     _one(_NAN_STAYS, _SCORE, "x != x", "false", source="-y"),
     # LayerNorm and embeddings.
     _one(_ONE_BY_ONE, _ROW, "column + kVector <= cols"),
+    _one("The elements of a vector one by one.", _ROW, "aligned", "false"),
+    *(
+        _one(
+            "With threshold 0 nobody reads the keys.",
+            f"sm80/{op}_bwd.cuh",
+            "drops",
+            "true",
+            source="hidden_row",
+        )
+        for op in ("layer_norm", "embedding_layer_norm")
+    ),
     _one(_EITHER_WAY, _ROW, "variance < 0.0f", "variance <= 0.0f"),
     _one(_EITHER_WAY, "sm80/embedding_layer_norm_row.cuh", "id < 0", "id <= 0"),
     _one(_EITHER_WAY, "sm80/embedding_layer_norm_row.cuh", "id < size", "id + 1 < size"),

@@ -304,9 +304,9 @@ RULES: dict[str, tuple[Callable[[str], Found], ...]] = {
         *(_argument("load_tile", index, "({}) + 1") for index in (2, 3, 4)),
         _texts(r"\bpart \* Tile::kSpan\b(?=, head)", "0"),
         _argument("store_rows", 2, "0"),
-        _argument("store_rows", 5, "({}) + 1"),
-        _argument("store_rows", 6, "({}) + 1"),
-        _argument("store_rows", 7, "({}) + 8"),
+        _argument("store_rows", -3, "({}) + 1"),
+        _argument("store_rows", -2, "({}) + 1"),
+        _argument("store_rows", -1, "({}) + 8"),
     ),
     "operand": (
         _argument("advance", -1, "({}) + 32"),
