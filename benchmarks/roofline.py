@@ -2,14 +2,17 @@
 
     python benchmarks/roofline.py
 
-prints the tables that docs/roofline.md holds between its markers; tests/benchmarks/test_roofline.py
-compares the two.
+prints the tables that docs/roofline.md holds between its markers, what the compiler made of the
+kernels (docs/machine-code-cuda.md, of `make sass`) beside the paper's count among them;
+tests/benchmarks/test_roofline.py compares the two.
 
 S sequence length, d head dim, N keys a tile; a score is one element of S x S of one head. Clocks
 are those of one SM. Slots are instructions of one thread that a score costs by design, as counted
 in FORWARD and BACKWARD; what the compiler made of them is in docs/machine-code-cuda.md.
 """
 
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 # H100 and H200 SXM (NVIDIA's data sheets; CUDA C++ Programming Guide, throughput of arithmetic
@@ -19,6 +22,7 @@ FLOPS = 4096  # dense 16-bit, of an SM in a clock
 EXPONENTIALS, SLOTS, ALU, SHARED = 16, 128, 64, 128  # results, lanes, lanes, bytes in a clock
 MEMORY = 4.8e12 / SMS / CLOCK  # bytes for one SM in a clock, H200
 
+MACHINE_CODE = Path(__file__).resolve().parents[1] / "docs" / "machine-code-cuda.md"
 HEAD_DIMS = (32, 64, 96, 128)
 LENGTHS = (128, 256, 384, 512, 8192)
 TOKENS, HIDDEN = 65536, 768  # the case of the floors: B S tokens, H d = 768 columns
@@ -188,6 +192,37 @@ def shared_memory() -> str:
     return table(["d", "a tile of 128 rows", "stages", "bytes in all"], rows)
 
 
+def side_by_side() -> str:
+    """Slots a score of whole tiles, bf16, by unit, as docs/machine-code-cuda.md has them."""
+    text = MACHINE_CODE.read_text(encoding="utf-8")
+    columns = ("MUFU", "FMA", "IMAD", "ALU", "conv", "smem", "rest", "bound")
+    found = []
+    header: list[str] = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] == "instantiation" and "bound" in cells:
+            header = cells
+        kernel = re.match(
+            r"`(attention_\w+)<bf16, WarpgroupTile<(\d+), .*>, (\w+)(, \w+)?>`$", cells[0]
+        )
+        if kernel is None or len(cells) != len(header) or kernel[3] == "general":
+            continue
+        row = dict(zip(header, cells, strict=True))
+        short = {", true": "attention_bwd_short"}.get(kernel[4], kernel[1])
+        of_forward = short == "attention_fwd"
+        work = (forward if of_forward else backward)(int(kernel[2]), kernel[3] == "dropout")
+        besides = float(row["slots"]) - float(row["tensor"])
+        paper = (
+            f"{work.issue * SLOTS:.2f}" if short in ("attention_fwd", "attention_bwd_short") else ""
+        )
+        cells = [short.removeprefix("attention_"), kernel[2], kernel[3], paper, f"{besides:.2f}"]
+        found.append([*cells, row["tensor"], *(row[column] for column in columns)])
+    order = {"fwd": 0, "bwd_short": 1, "bwd_queries": 2, "bwd_keys": 3}
+    found.sort(key=lambda cells: (order[cells[0]], int(cells[1]), cells[2] != "plain"))
+    head = ["kernel", "d", "variant", "paper", "but HGMMA", "HGMMA", *columns]
+    return table(head, found)
+
+
 def document() -> str:
     """All tables, each under its heading."""
     parts = (
@@ -197,6 +232,7 @@ def document() -> str:
         ("Queries in a block, forward, d = 64", rows_of_a_block()),
         ("Registers that hold tiles", registers()),
         ("Shared memory of the forward", shared_memory()),
+        ("Paper and machine code: slots a score, bf16", side_by_side()),
     )
     return "\n\n".join(f"### {title}\n{text}" for title, text in parts) + "\n"
 
