@@ -321,8 +321,27 @@ class ManyKeys:
         assert torch.allclose(out.double(), self.expected, atol=2e-3), "out"
 
 
+class InfiniteKey:
+    """Scores of -Inf; behind the last query of the tile rows of zeros, which must not meet it."""
+
+    name = "an infinite key"
+
+    def prepare(self) -> None:
+        dice = Dice(24)
+        q, k, v = (dice.rows(1, n, 1, 64) for n in (20, 40, 40))
+        q.abs_().add_(0.1)
+        k[0, 7, 0, 3] = -math.inf
+        self.leaves = [t.requires_grad_() for t in (q, k, v)]
+        self.dout = dice.rows(1, 20, 1, 64)
+
+    def check(self) -> None:
+        out = bertkern.attention(*self.leaves)
+        for t in (out, *torch.autograd.grad(out, self.leaves, self.dout)[1:]):
+            assert t.isfinite().all()
+
+
 # The first ones are those that find most.
-CASES: tuple[Callable[[], Case | NanInside | NanInGradient | ManyKeys], ...] = (
+CASES: tuple[Callable[[], Case | InfiniteKey | NanInside | NanInGradient | ManyKeys], ...] = (
     lambda: batched("short, causal, dropout", 1, 41, 29, dim=56, causal=True, dropout=True),
     lambda: batched("long, window, dropout", 2, 75, 71, dim=56, window=(20, 9), dropout=True),
     lambda: batched(

@@ -105,6 +105,15 @@ def _one(argument: str, file: str, before: str, *afters: str, source: str = "") 
 
 
 EQUIVALENT: tuple[Equivalent, ...] = (
+    *(
+        _one(
+            _MASKED_ANYWAY,
+            f"{folder}/attention_bwd_keys",
+            "first_q + kQueries <= s.len_q",
+            "first_q + kQueries < s.len_q",
+        )
+        for folder in ("sm80", "sm90")
+    ),
     # Which tiles are walked over.
     _one(_STRICTER_WHOLE, _BIAS, "first_q + Tile::kRows < s.len_q"),
     _one(
