@@ -328,7 +328,7 @@ class InfiniteKey:
 
     def prepare(self) -> None:
         dice = Dice(24)
-        q, k, v = (dice.rows(1, n, 1, 64) for n in (20, 40, 40))
+        q, k, v = (dice.rows(1, n, 1, 64) for n in (20, 64, 64))
         q.abs_().add_(0.1)
         k[0, 7, 0, 3] = -math.inf
         self.leaves = [t.requires_grad_() for t in (q, k, v)]
@@ -417,6 +417,7 @@ CASES: tuple[Callable[[], Case | InfiniteKey | NanInside | NanInGradient | ManyK
         scale=-0.2,
     ),
     NanInside,
+    InfiniteKey,
     NanInGradient,
     lambda: batched(
         "lengths beyond the last key, and one less", 21, 20, 36, batch=3, lengths=[50, 36, 35]
