@@ -325,7 +325,8 @@ def test_infinite_key_gives_nan_nowhere(backend, device, keys):
 
 
 @pytest.mark.parametrize(
-    ("cu", "longest", "dim"), [([0, 0, 0], (0, 0), 128), ([0, 0], (0, 200), 64), ([0], (0, 200), 64)]
+    ("cu", "longest", "dim"),
+    [([0, 0, 0], (0, 0), 128), ([0, 0], (0, 200), 64), ([0], (0, 200), 64)],
 )
 def test_nothing_but_tokens_behind_the_last_sequence(backend, device, cu, longest, dim):
     dtype = finest_dtype(backend)
