@@ -63,12 +63,6 @@ void Gathering::add(Clock& clock) {
   ++clock.at(Kind::kOwn);
 }
 
-void Gathering::add(const Knowledge& more) {
-  if (more.cluster == nullptr) return;
-  raise(components_, *more.cluster, 0);
-  beyond_ = together(beyond_, more.beyond);
-}
-
 Knowledge Gathering::look() { return {std::make_shared<const Vector>(components_), beyond_}; }
 
 Knowledge Gathering::take() {

@@ -117,7 +117,6 @@ class Gathering {
  public:
   void start(size_t components);
   void add(Clock& clock);  // and what the thread does from now on is later
-  void add(const Knowledge& more);
   void set(size_t component, uint32_t time) { components_[component] = time; }
   Knowledge look();
   Knowledge take();  // and starts anew
