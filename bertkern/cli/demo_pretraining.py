@@ -25,8 +25,8 @@ _DROPOUT = 0.0  # a run this short hardly sees a sentence twice
 def run(documents: list[list[str]], folder: Path, device: torch.device) -> PretrainingSummary:
     """Pre-train in `folder`, go on if a run was interrupted there, and fill in words."""
     from bertkern.data import MaskingSettings
-    from bertkern.models import BertConfig, fill_mask
-    from bertkern.train import PretrainingSettings, pretrain_from_text
+    from bertkern.models import BertConfig, FillMask
+    from bertkern.train import PretrainingSettings, pretrain
 
     config = BertConfig(
         hidden_size=128,
@@ -50,7 +50,7 @@ def run(documents: list[list[str]], folder: Path, device: torch.device) -> Pretr
     resume = _can_resume(folder, settings)
     start = time.perf_counter()
     train = functools.partial(
-        pretrain_from_text,
+        pretrain,
         documents,
         folder,
         config=config,
@@ -68,6 +68,7 @@ def run(documents: list[list[str]], folder: Path, device: torch.device) -> Pretr
         result = train(overwrite=True)
     seconds = time.perf_counter() - start
     history = result.history
+    filled = FillMask(result.model, result.tokenizer)(TEXTS, _TOP)
     return PretrainingSummary(
         documents=len(documents),
         parameters=sum(parameter.numel() for parameter in result.model.parameters()),
@@ -75,18 +76,22 @@ def run(documents: list[list[str]], folder: Path, device: torch.device) -> Pretr
         tokens=sum(step.tokens for step in history.steps),
         seconds=seconds,
         resumed=resume,
-        unigram_loss=history.unigram_loss,
-        held_out=[(evaluation.step, evaluation.mlm_loss) for evaluation in history.held_out],
-        training=[(step.step, step.mlm_loss) for step in history.steps],
-        next_sentence_accuracy=history.held_out[-1].nsp_accuracy,
-        fills=[(text, fill_mask(result.model, result.tokenizer, text, _TOP)[0]) for text in TEXTS],
+        unigram_loss=history.baselines["mlm_loss"],
+        held_out=list(zip(*history.curve("mlm_loss"), strict=True)),
+        training=[(step.step, step.losses["mlm"]) for step in history.steps],
+        next_sentence_accuracy=history.evaluations[-1].figures["nsp_accuracy"],
+        fills=[
+            (text, [(guess.token, guess.probability) for guess in found.masks[0]])
+            for text, found in zip(TEXTS, filled, strict=True)
+        ],
     )
 
 
 def _can_resume(folder: Path, settings: object) -> bool:
     """Whether an interrupted run with these settings lies in the folder; tells where it stands."""
+    from bertkern.train import PretrainingSettings
     from bertkern.train.checkpoint import read_state
-    from bertkern.train.pretraining import CHECKPOINT, PretrainingSettings
+    from bertkern.train.loop import CHECKPOINT
 
     checkpoint = folder / CHECKPOINT
     if not checkpoint.is_file():

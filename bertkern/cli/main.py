@@ -7,11 +7,32 @@ import typer
 from typer.core import TyperGroup
 
 from .._version import __version__
-from . import bench, demo, embed, fill_mask, info, pretrain, tune
+from . import (
+    answer,
+    attention_map,
+    bench,
+    classify,
+    convert,
+    data,
+    demo,
+    embed,
+    fill_mask,
+    finetune,
+    info,
+    pretrain,
+    tune,
+)
 from .console import CommandError, err, one_line
 
 # What a user can put right: one line. Anything else is our bug and shows its traceback.
-_USER_ERRORS = (CommandError, OSError, ValueError, NotImplementedError)
+_USER_ERRORS = (
+    CommandError,
+    OSError,
+    ValueError,
+    NotImplementedError,
+    FloatingPointError,
+    ModuleNotFoundError,
+)
 
 
 class _OneLineErrors(TyperGroup):
@@ -68,7 +89,13 @@ app.command("info")(info.info)
 app.command("demo")(demo.demo)
 app.command("embed")(embed.embed)
 app.command("fill-mask")(fill_mask.fill_mask)
+app.command("classify")(classify.classify)
+app.command("answer")(answer.answer)
+app.command("attention-map")(attention_map.attention_map)
+app.add_typer(data.app, name="data")
 app.command("pretrain")(pretrain.pretrain)
+app.add_typer(finetune.app, name="finetune")
+app.command("convert")(convert.convert)
 app.command("tune")(tune.tune)
 app.command("bench", context_settings=bench.CONTEXT)(bench.bench)
 

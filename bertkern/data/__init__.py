@@ -1,13 +1,20 @@
 """Text and tokenizers, and the examples that models are trained on."""
 
-from .pretraining import Epoch, MaskingSettings, PackedBatch, PretrainingData
-from .text import read_documents, split_documents, split_sentences, standard_library_text
+from .corpus import Corpus
+from .masking import MaskingSettings
+from .packing import Batch, PackedBatch
+from .pretraining import PackedPretrainingBatch, PretrainingBatch, PretrainingData
+from .sources import read_documents, stream_documents
+from .text import split_documents, split_sentences, standard_library_text
 from .tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 __all__ = [
-    "Epoch",
+    "Batch",
+    "Corpus",
     "MaskingSettings",
     "PackedBatch",
+    "PackedPretrainingBatch",
+    "PretrainingBatch",
     "PretrainingData",
     "load_tokenizer",
     "read_documents",
@@ -15,5 +22,6 @@ __all__ = [
     "split_documents",
     "split_sentences",
     "standard_library_text",
+    "stream_documents",
     "train_tokenizer",
 ]

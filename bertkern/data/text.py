@@ -1,4 +1,4 @@
-"""Documents of sentences, from text files and from the English that every Python carries.
+"""Documents of sentences, and the English that every Python carries.
 
 A document is a list of sentences in order; next-sentence pairs come from within a document, random
 ones from two. Held-out text is split off by whole documents, so that nothing of it is seen in
@@ -12,7 +12,7 @@ import importlib
 import inspect
 import re
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,36 +45,6 @@ def split_sentences(text: str) -> list[str]:
         elif piece:
             sentences.append(piece)
     return sentences
-
-
-def read_documents(paths: Iterable[str | Path]) -> list[Document]:
-    """The documents of UTF-8 text files.
-
-    Empty lines separate documents, as in BERT's own data format; within a document, lines are
-    joined and cut into sentences.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is not UTF-8 (file and byte offset are named), or no file holds any text.
-    """
-    files = [Path(path) for path in paths]
-    documents = []
-    for path in files:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        content = path.read_bytes()
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}: not UTF-8 text: byte 0x{content[error.start]:02x} at offset {error.start}"
-            ) from error
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-        documents += [split_sentences(part) for part in _PARAGRAPH_BREAK.split(text)]
-    documents = [document for document in documents if document]
-    if not documents:
-        raise ValueError(f"no text in {', '.join(map(str, files)) or 'an empty list of files'}")
-    return documents
 
 
 def split_documents(

@@ -1,16 +1,55 @@
-"""Models: BERT with its pre-training heads, sentence embeddings, and their files."""
+"""Models: BERT with the heads of pre-training and of every task, what serves them, their files."""
 
-from .bert import BertForPreTraining, BertForPreTrainingOutput, BertModel, BertModelOutput
+from .answer import Answer, Answered
+from .attention_map import attention_map
+from .bert import (
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForPreTrainingOutput,
+    BertModel,
+    BertModelOutput,
+    BertTaskOutput,
+)
+from .bert_tasks import (
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForQuestionAnsweringOutput,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
+from .classify import Classification, Classify
 from .config import BertConfig
-from .fill_mask import fill_mask
-from .sentence_encoder import SentenceEncoder
+from .conversion import convert_folder, load_model
+from .fill_mask import FilledText, FillMask, Guess
+from .onnx import export_onnx
+from .sentence_encoder import Embedding, SentenceEncoder
+from .serving import InputError
 
 __all__ = [
+    "Answer",
+    "Answered",
     "BertConfig",
+    "BertForMaskedLM",
+    "BertForMultipleChoice",
     "BertForPreTraining",
     "BertForPreTrainingOutput",
+    "BertForQuestionAnswering",
+    "BertForQuestionAnsweringOutput",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
     "BertModel",
     "BertModelOutput",
+    "BertTaskOutput",
+    "Classification",
+    "Classify",
+    "Embedding",
+    "FillMask",
+    "FilledText",
+    "Guess",
+    "InputError",
     "SentenceEncoder",
-    "fill_mask",
+    "attention_map",
+    "convert_folder",
+    "export_onnx",
+    "load_model",
 ]

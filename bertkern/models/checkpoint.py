@@ -3,16 +3,17 @@
 The names of transformers' tensors are the file's; this library's parameters are those tensors
 renamed, except that the query, key and value projections of a layer are one packed parameter here
 (rows of q, then k, then v) and that the masked-LM decoder, which is the word embedding, is stored
-once.
+once. Files of every age are read: see `stored_tensors` and `current_names`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,10 +23,12 @@ from torch import Tensor, nn
 from bertkern.data.files import replacing, write_text
 
 from .config import BertConfig
+from .initialization import initialize_parameter
 
 Model = TypeVar("Model", bound="PretrainedModel")
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, PICKLE, CONFIG = "model.safetensors", "pytorch_model.bin", "config.json"
+OLD_CONFIG = "bert_config.json"  # its name before there was a library to call it config.json
 
 # (here, in the file), applied in turn to a parameter's name; {} is query, key, value.
 _RENAMES = (
@@ -41,16 +44,20 @@ _RENAMES = (
     (".feed_forward.down.", ".output.dense."),
     (".feed_forward_norm.", ".output.LayerNorm."),
     ("pooler.", "pooler.dense."),
-    ("transform.", "cls.predictions.transform.dense."),
-    ("transform_norm.", "cls.predictions.transform.LayerNorm."),
-    ("vocab_bias", "cls.predictions.bias"),
+    ("masked_lm.transform.", "cls.predictions.transform.dense."),
+    ("masked_lm.norm.", "cls.predictions.transform.LayerNorm."),
+    ("masked_lm.bias", "cls.predictions.bias"),
     ("next_sentence.", "cls.seq_relationship."),
 )
-_HEADS = ("cls.", "classifier.", "qa_outputs.")  # prefixes of the task heads of BERT checkpoints
+# Prefixes of what stands on top of the encoder: files may have it where a model has not, and
+# `new_head` makes it where a model has it and the file has not.
+HEADS = ("pooler.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs.")
 _BUFFERS = (
     "embeddings.position_ids",
     "embeddings.token_type_ids",
 )  # constants that old versions stored
+_DECODER = "cls.predictions.decoder."
+_WORD = "embeddings.word_embeddings.weight"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -70,27 +77,40 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls: type[Model], folder: str | os.PathLike[str], dtype: torch.dtype | None = None
+        cls: type[Model],
+        folder: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        *,
+        new_head: bool = False,
+        allow_pickle: bool = False,
+        **config_changes: Any,
     ) -> Model:
         """The model that a folder holds, in evaluation mode, on the CPU.
 
         Args:
-            folder: with config.json and model.safetensors; or the name of a model on the Hugging
-                Face hub.
+            folder: with config.json and model.safetensors (or its parts and their index); or the
+                name of a model on the Hugging Face hub.
             dtype: of all weights; None keeps the stored ones.
+            new_head: tensors of the head and of the pooler that the file has not, or has in another
+                shape, are drawn from torch's generator as for training from the start. The encoder
+                always comes from the file.
+            allow_pickle: read pytorch_model.bin where there is no model.safetensors. A pickle can
+                hold code; torch reads it with weights_only=True, which runs none that is known to
+                harm.
+            config_changes: entries of the config to replace, as num_labels=3.
 
         Raises:
             FileNotFoundError: no such folder, or one of the two files is missing.
             ValueError: a damaged file, a config that is not supported, or tensors that are missing,
                 unexpected or of another shape than the config says; all are named.
         """
-        folder = resolve_folder(folder)
-        config = BertConfig.from_json_file(_existing(folder, CONFIG))
-        weights = _existing(folder, WEIGHTS)
-        stored = _canonical(read_tensors(weights))
+        folder = resolve_folder(folder, allow_pickle)
+        config = read_config(folder).with_changes(**config_changes)
+        weights, stored = stored_tensors(folder, allow_pickle)
+        stored = {n.removeprefix("bert."): t for n, t in current_names(stored).items()}
         with torch.device("meta"):
             model = cls._for_tensors(config, stored)
-        parameters = _assemble(model, stored, weights)
+        parameters = assemble(model, stored, weights, new_head)
         model.load_state_dict(parameters, assign=True)
         if dtype is not None:
             model.to(dtype)
@@ -103,24 +123,40 @@ class PretrainedModel(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors for transformers, each whole or not at all."""
-        folder = Path(folder)
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, parameter in self.state_dict().items():
             names = file_names(name)
-            for file_name, part in zip(names, parameter.chunk(len(names)), strict=True):
-                tensors[file_name] = (
-                    part.detach().cpu().clone(memory_format=torch.contiguous_format)
-                )
-        with replacing(folder / WEIGHTS) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        entries = self.config.to_dict()
-        entries.pop("torch_dtype", None)  # the older name of dtype
-        entries["architectures"] = [type(self).__name__]
-        entries["dtype"] = str(next(self.parameters()).dtype).removeprefix("torch.")
-        write_text(folder / CONFIG, json.dumps(entries, indent=2, sort_keys=True) + "\n")
+            tensors.update(zip(names, parameter.chunk(len(names)), strict=True))
+        write_model(folder, self.config, type(self).__name__, tensors)
 
 
-def resolve_folder(folder: str | os.PathLike[str]) -> Path:
+def write_model(
+    folder: str | os.PathLike[str],
+    config: BertConfig,
+    architecture: str,
+    tensors: dict[str, Tensor],
+) -> None:
+    """Write config.json and model.safetensors, each whole or not at all.
+
+    Args:
+        architecture: the class of transformers (and of this library) that the tensors are for.
+        tensors: by their names in the file.
+    """
+    folder = Path(folder)
+    stored = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in tensors.items()
+    }
+    with replacing(folder / WEIGHTS) as temporary:
+        save_file(stored, temporary, metadata={"format": "pt"})
+    entries = config.to_dict()
+    entries.pop("torch_dtype", None)  # the older name of dtype
+    entries["architectures"] = [architecture]
+    entries["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    write_text(folder / CONFIG, json.dumps(entries, indent=2, sort_keys=True) + "\n")
+
+
+def resolve_folder(folder: str | os.PathLike[str], allow_pickle: bool = False) -> Path:
     """The folder itself, or the local copy of the hub's model of that name, fetched if need be.
 
     Raises:
@@ -139,7 +175,9 @@ def resolve_folder(folder: str | os.PathLike[str]) -> Path:
             f"{name}: no such folder, and to fetch a model of that name from the Hugging Face hub, "
             "`pip install huggingface_hub` is needed"
         ) from error
-    patterns = ["*.json", "*.txt", WEIGHTS, "*/config.json"]
+    patterns = ["*.json", "*.txt", WEIGHTS, "model-*.safetensors", "*/config.json"]
+    if allow_pickle:
+        patterns += [PICKLE, "pytorch_model-*.bin"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (
@@ -149,6 +187,19 @@ def resolve_folder(folder: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(
             f"{name}: no such folder, and not available from the Hugging Face hub ({reason})"
         ) from error
+
+
+def read_config(folder: Path) -> BertConfig:
+    """The configuration of a folder, from config.json or, as it was once called, bert_config.json.
+
+    Raises:
+        FileNotFoundError: there is neither.
+        ValueError: as `BertConfig.from_json_file`.
+    """
+    for name in (CONFIG, OLD_CONFIG):
+        if (folder / name).is_file():
+            return BertConfig.from_json_file(folder / name)
+    raise FileNotFoundError(f"{folder}: no {CONFIG}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -165,56 +216,110 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: damaged, or not a safetensors file ({error})") from error
 
 
-def _existing(folder: Path, name: str) -> Path:
-    if (folder / name).is_file():
-        return folder / name
-    message = f"{folder}: no {name}"
-    if name == WEIGHTS and (pickles := sorted(p.name for p in folder.glob("*.bin"))):
-        message += (
-            f", only {', '.join(pickles)}: a pickle runs code when it is read and is refused; "
-            "convert it (load it where you trust it, then save with safe_serialization)"
-        )
-    elif name == WEIGHTS and (folder / f"{WEIGHTS}.index.json").is_file():
-        message += ", only its parts: join them into one file"
+def stored_tensors(folder: Path, allow_pickle: bool = False) -> tuple[Path, dict[str, Tensor]]:
+    """The file that holds a folder's weights, or the index of its parts, and all its tensors.
+
+    Raises:
+        FileNotFoundError: no weights, a part is missing, or there is only a pickle, which was not
+            allowed.
+        ValueError: a damaged file or index.
+    """
+    for name in (WEIGHTS, PICKLE) if allow_pickle else (WEIGHTS,):
+        read = read_tensors if name == WEIGHTS else _read_pickle
+        if (folder / name).is_file():
+            return folder / name, read(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            tensors: dict[str, Tensor] = {}
+            for part in _parts(index):
+                tensors.update(read(part))
+            return index, tensors
+    message = f"{folder}: no {WEIGHTS}"
+    if pickles := sorted(p.name for p in folder.glob("*.bin")):
+        message += f", only {', '.join(pickles)}"
+        if not allow_pickle:
+            message += (
+                ": a pickle can run code when it is read and is refused; where you trust it, allow "
+                "it by name (allow_pickle=True, bertkern convert --allow-pickle)"
+            )
     raise FileNotFoundError(message)
 
 
-def _canonical(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The file's tensors by today's names, without "bert.", constants and duplicates."""
+def _parts(index: Path) -> list[Path]:
+    """The files that an index names, in the order of their names."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        # a part is a file beside its index: no path leads elsewhere
+        parts = [index.parent / Path(name).name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: damaged, or not an index of weights ({error!r})") from error
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index}: parts are missing: {', '.join(missing)}")
+    return parts
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a torch.save file, by torch's reader of weights alone."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(f"{path}: damaged, or not a file of weights ({reason})") from error
+    if not isinstance(stored, dict) or not all(isinstance(t, Tensor) for t in stored.values()):
+        raise ValueError(f"{path}: a table of tensors was expected, not {type(stored).__name__}")
+    # clone: tensors of a pickle may share memory
+    return {str(name): tensor.clone() for name, tensor in stored.items()}
+
+
+def current_names(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors by today's names, without constants and duplicates.
+
+    Old names: gamma and beta of LayerNorm, as in TensorFlow; "module." before all names, as
+    torch's DataParallel saves them.
+    """
+    if stored and all(name.startswith("module.") for name in stored):
+        stored = {name.removeprefix("module."): tensor for name, tensor in stored.items()}
     tensors = {}
     for name, tensor in stored.items():
-        name = name.removeprefix("bert.")
         name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
         name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
-        tensors[name] = tensor
-    for name in _BUFFERS:
-        tensors.pop(name, None)
-    decoder_bias = tensors.pop("cls.predictions.decoder.bias", None)
+        if name.removeprefix("bert.") not in _BUFFERS:
+            tensors[name] = tensor
+    decoder_bias = tensors.pop(f"{_DECODER}bias", None)
     if decoder_bias is not None:
         tensors.setdefault("cls.predictions.bias", decoder_bias)
+    decoder = tensors.get(f"{_DECODER}weight")
+    word = tensors.get(f"bert.{_WORD}", tensors.get(_WORD))
+    if decoder is not None and word is not None and torch.equal(decoder, word):
+        del tensors[f"{_DECODER}weight"]
     return tensors
 
 
-def _assemble(model: nn.Module, stored: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def assemble(
+    model: PretrainedModel, stored: dict[str, Tensor], path: Path, new_head: bool = False
+) -> dict[str, Tensor]:
     """The model's parameters from the file's tensors; every disagreement is reported."""
     stored = dict(stored)
-    decoder = stored.pop("cls.predictions.decoder.weight", None)
-    word = stored.get("embeddings.word_embeddings.weight")
+    decoder = stored.pop(f"{_DECODER}weight", None)  # only where it is not the word embedding
     parameters, missing, misshapen, needed = {}, [], [], set()
     for name, parameter in model.state_dict().items():
         names = [n.removeprefix("bert.") for n in file_names(name)]
         needed.update(names)
-        absent = [n for n in names if n not in stored]
-        missing += absent
-        if absent:
-            continue
         shape = (parameter.shape[0] // len(names), *parameter.shape[1:])
-        wrong = [n for n in names if tuple(stored[n].shape) != shape]
-        misshapen += [f"{n} is {list(stored[n].shape)}, not {list(shape)}" for n in wrong]
-        if not wrong:
+        absent = [n for n in names if n not in stored]
+        wrong = [n for n in names if n in stored and tuple(stored[n].shape) != shape]
+        if new_head and (absent or wrong) and names[0].startswith(HEADS):
+            dtype = stored[_WORD].dtype if _WORD in stored else None
+            parameters[name] = torch.empty(parameter.shape, dtype=dtype)
+            initialize_parameter(name, parameters[name], model.config.initializer_range)
+        elif not absent and not wrong:
             parts = [stored[n] for n in names]
             parameters[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    foreign_heads = tuple(h for h in _HEADS if not any(n.startswith(h) for n in needed))
+        else:
+            missing += absent
+            misshapen += [f"{n} is {list(stored[n].shape)}, not {list(shape)}" for n in wrong]
+    foreign_heads = tuple(h for h in HEADS if not any(n.startswith(h) for n in needed))
     unexpected = [n for n in stored if n not in needed and not n.startswith(foreign_heads)]
     problems = [
         f"{what}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
@@ -225,10 +330,12 @@ def _assemble(model: nn.Module, stored: dict[str, Tensor], path: Path) -> dict[s
         )
         if names
     ]
-    if "cls." in foreign_heads:
-        decoder = None
-    if decoder is not None and word is not None and not torch.equal(decoder, word):
+    if decoder is not None and "cls.predictions." not in foreign_heads:
         problems.append("cls.predictions.decoder.weight is not the word embedding (untied)")
     if problems:
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}")
+        hint = ""
+        of_head = [n.startswith(HEADS) for n in missing + misshapen]
+        if not new_head and of_head and all(of_head):
+            hint = " (new_head=True draws the tensors of head and pooler anew)"
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}{hint}")
     return parameters

@@ -18,16 +18,17 @@ ACTIVATIONS = {
 # Keys of config.json on the file, labels, generation or training, and not on this computation.
 # fmt: off
 _BYSTANDERS = frozenset((
-    "_attn_implementation", "_commit_hash", "_name_or_path", "architectures", "auto_map",
-    "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "cls_token_id",
-    "directionality", "dtype", "eos_token_id", "finetuning_task", "gradient_checkpointing",
-    "id2label", "label2id", "language", "mask_token_id", "max_length", "model_name", "name",
-    "num_labels", "output_past", "pooler_fc_size", "pooler_num_attention_heads",
-    "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type", "problem_type",
+    "_attn_implementation", "_commit_hash", "_name_or_path", "_num_labels", "architectures",
+    "auto_map", "bos_token_id", "chunk_size_feed_forward", "cls_token_id", "directionality",
+    "dtype", "eos_token_id", "finetuning_task", "gradient_checkpointing", "language",
+    "mask_token_id", "max_length", "model_name", "name", "output_past", "pooler_fc_size",
+    "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type",
     "return_dict", "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype",
     "transformers_version", "use_cache", "xla_device",
 ))
 # fmt: on
+
+PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 
 # Keys that do concern the computation, with the only values that this model computes.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -49,12 +50,15 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 class BertConfig:
     """Sizes, dropout rates and initialisation of a BERT, by Hugging Face's names and defaults.
 
-    `extra` holds what a config.json said besides (labels, versions, ...); it is written back
-    unchanged.
+    The labels are given by `num_labels`, by `id2label` {number: name} or by `label2id` {name:
+    number}, and the others follow: names LABEL_0, LABEL_1, ... where there are none, and two labels
+    where nothing is said. `extra` holds what a config.json said besides (versions, ...); it is
+    written back unchanged.
 
     Raises:
         ValueError: a size that is not a positive integer, heads that do not divide hidden_size, a
-            probability outside 0..1, or an unknown hidden_act.
+            probability outside 0..1, an unknown hidden_act or problem_type, or labels that
+            contradict one another.
     """
 
     vocab_size: int = 30522
@@ -70,6 +74,11 @@ class BertConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
+    classifier_dropout: float | None = None  # of the task heads; None: hidden_dropout_prob
+    problem_type: str | None = None
+    num_labels: int = None  # type: ignore[assignment]  # None only on the way in, as the next two
+    id2label: dict[int, str] = None  # type: ignore[assignment]
+    label2id: dict[str, int] = None  # type: ignore[assignment]
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -95,7 +104,10 @@ class BertConfig:
                 f"head dimension hidden_size / num_attention_heads = "
                 f"{self.hidden_size // self.num_attention_heads}; 1..256 are supported"
             )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        rates = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
+        if self.classifier_dropout is not None:
+            rates.append("classifier_dropout")
+        for name in rates:
             if not self._is_number(name) or not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in 0..1, not {getattr(self, name)!r}")
         for name in ("initializer_range", "layer_norm_eps"):
@@ -110,6 +122,46 @@ class BertConfig:
             raise ValueError(
                 f"pad_token_id must be None or below vocab_size = {self.vocab_size}, not {pad!r}"
             )
+        self._complete_labels()
+        if self.problem_type not in PROBLEM_TYPES:
+            raise ValueError(
+                f"problem_type must be one of {PROBLEM_TYPES}, not {self.problem_type!r}"
+            )
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ValueError(
+                "problem_type 'single_label_classification' needs num_labels of 2 or more, not 1"
+            )
+
+    def _complete_labels(self) -> None:
+        count, names, numbers = self.num_labels, self.id2label, self.label2id
+        if count is not None and (
+            not isinstance(count, int) or isinstance(count, bool) or count < 1
+        ):
+            raise ValueError(f"num_labels must be an integer >= 1, not {count!r}")
+        for key, value in (("id2label", names), ("label2id", numbers)):
+            if value is not None and (not isinstance(value, dict) or not value):
+                raise ValueError(f"{key} must be None or a table of labels, not {value!r}")
+        if names is None:
+            if numbers is not None:
+                names = {number: name for name, number in numbers.items()}
+            else:
+                names = {i: f"LABEL_{i}" for i in range(2 if count is None else count)}
+        try:
+            names = {int(number): name for number, name in names.items()}
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the numbers of id2label must be integers ({error})") from error
+        if sorted(names) != list(range(len(names))):
+            raise ValueError(
+                f"the numbers of id2label must be 0..{len(names) - 1}, not {sorted(names)}"
+            )
+        if count is not None and count != len(names):
+            raise ValueError(f"num_labels = {count}, but id2label has {len(names)} labels")
+        if numbers is None:
+            numbers = {names[i]: i for i in range(len(names))}
+        wrong = {name: i for name, i in numbers.items() if names.get(i) != name}
+        if wrong or set(numbers) != set(names.values()):
+            raise ValueError(f"label2id = {numbers} is not the inverse of id2label = {names}")
+        self.num_labels, self.id2label, self.label2id = len(names), names, numbers
 
     def _is_number(self, name: str) -> bool:
         return isinstance(getattr(self, name), (int, float)) and not isinstance(
@@ -159,13 +211,32 @@ class BertConfig:
                     f"unknown config key {key!r} (value {value!r}); allowed: "
                     + ", ".join(sorted(own | set(_FIXED) | _BYSTANDERS))
                 )
-            extra[key] = value
+            if key != "model_type":  # which to_dict always says
+                extra[key] = value
         return cls(**{key: entries[key] for key in own if key in entries}, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
-        """The entries of config.json."""
+        """The entries of config.json; as transformers does, without labels that are the default."""
         entries = asdict(self)
+        del entries["num_labels"]  # id2label says it
+        if entries["id2label"] == {0: "LABEL_0", 1: "LABEL_1"}:
+            del entries["id2label"], entries["label2id"]
         return {"model_type": "bert", **entries.pop("extra"), **entries}
+
+    def with_changes(self, **changes: Any) -> BertConfig:
+        """A copy with other entries; labels that are given replace all that there are.
+
+        Raises:
+            ValueError: as `from_dict`.
+        """
+        entries = self.to_dict()
+        if any(self._differs(key, changes) for key in ("num_labels", "id2label", "label2id")):
+            entries.pop("id2label", None)
+            entries.pop("label2id", None)
+        return self.from_dict({**entries, **changes})
+
+    def _differs(self, key: str, changes: dict[str, Any]) -> bool:
+        return key in changes and changes[key] != getattr(self, key)
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> BertConfig:

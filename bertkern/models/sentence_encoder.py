@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -20,10 +20,25 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from bertkern.data.features import TokenSequence
 from bertkern.data.tokenizer import load_tokenizer
 
 from .bert import BertModel
 from .checkpoint import resolve_folder
+from .replay import Outputs, ReplayedForward
+from .serving import (
+    BATCH_SIZE,
+    WINDOW,
+    PackedTokens,
+    check_stream,
+    check_text,
+    computed,
+    cutting_tokenizer,
+    length_limit,
+    pack,
+    tokenize,
+    windows,
+)
 
 POOLINGS = ("cls", "max", "mean", "mean_sqrt_len_tokens")
 # the class names in modules.json; the paths before them differ between versions
@@ -34,7 +49,13 @@ _POOLING_KEYS = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
 }
-TOKENS_PER_BATCH = 16384
+
+
+class Embedding(NamedTuple):
+    """The vector of one text of a stream, and whether the text has been cut."""
+
+    vector: NDArray[np.float32]
+    truncated: bool
 
 
 class SentenceEncoder:
@@ -63,20 +84,14 @@ class SentenceEncoder:
             raise ValueError(
                 f"pooling mode {', '.join(unknown) or 'missing'}; supported: {POOLINGS}"
             )
-        longest = model.config.max_position_embeddings
-        max_seq_length = longest if max_seq_length is None else max_seq_length
-        if not 2 < max_seq_length <= longest:
-            raise ValueError(
-                f"max_seq_length must be in 3..{longest}, the positions, not {max_seq_length}"
-            )
+        positions = model.config.max_position_embeddings
         self.model = model.eval()
-        self.tokenizer = tokenizer
+        self.max_seq_length = length_limit("max_seq_length", max_seq_length, positions)
+        self.tokenizer = cutting_tokenizer(tokenizer, self.max_seq_length)
         self.pooling = tuple(mode for mode in POOLINGS if mode in pooling)
-        self.max_seq_length = max_seq_length
         self.lowercase = lowercase
         self.prompt = prompt
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(max_seq_length)
+        self._forward = ReplayedForward(model, self._hidden_states, positions)
 
     @classmethod
     def from_pretrained(
@@ -146,11 +161,10 @@ class SentenceEncoder:
         convert_to_tensor: Literal[True],
     ) -> Tensor: ...
 
-    @torch.inference_mode()
     def encode(
         self,
         sentences: Sequence[str],
-        batch_size: int = 64,
+        batch_size: int = BATCH_SIZE,
         normalize: bool = True,
         convert_to_tensor: bool = False,
     ) -> NDArray[np.float32] | Tensor:
@@ -168,40 +182,68 @@ class SentenceEncoder:
 
         Raises:
             TypeError: sentences is one string, or holds something else than strings.
-            ValueError: batch_size < 1.
+            ValueError: batch_size < 1, or a text is no text (half of a surrogate pair).
         """
-        if isinstance(sentences, str):
-            raise TypeError("sentences must be a list of strings, not one string")
-        for sentence in sentences:
-            if not isinstance(sentence, str):
-                raise TypeError(f"sentences must be strings, not {type(sentence).__name__}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        texts = [self.prompt + (s.lower() if self.lowercase else s) for s in sentences]
-        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
-        device = self.model.embeddings.word.weight.device
-        vectors = torch.empty(len(texts), self.embedding_size, device=device)
-        for batch in _batches([len(i) for i in ids], batch_size):
-            vectors[torch.tensor(batch, device=device)] = self._embed(
-                [ids[i] for i in batch], device
-            )
-        if normalize:
-            vectors = torch.nn.functional.normalize(vectors, dim=1)
+        check_stream(sentences, batch_size)
+        vectors, _ = self._encode(sentences, 0, batch_size, normalize)
         return vectors if convert_to_tensor else vectors.cpu().numpy()
 
-    def _embed(self, ids: list[list[int]], device: torch.device) -> Tensor:
-        """Token ids of B sentences -> float32 [B, embedding_size]."""
-        lengths = torch.tensor([len(i) for i in ids])
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        tokens = torch.tensor([token for sentence in ids for token in sentence])
-        x = self.model(
-            tokens.to(device), cu_seqlens=cu_seqlens.to(device), max_seqlen=int(lengths.max())
-        ).last_hidden_state.float()
-        lengths = lengths.to(device)
+    def stream(
+        self,
+        sentences: Iterable[str],
+        batch_size: int = BATCH_SIZE,
+        normalize: bool = True,
+        window: int = WINDOW,
+    ) -> Iterator[Embedding]:
+        """The vectors of any number of sentences, in their order, in the memory of a window.
+
+        Args:
+            sentences: read no further ahead than `window`.
+            batch_size, normalize: as `encode`.
+            window: sentences that are read, sorted by length and computed before the first of
+                their vectors is given; 1 answers each as it comes.
+
+        Raises:
+            As encode; what is wrong with a sentence is said when its window is read.
+        """
+        check_stream(sentences, batch_size, window)
+        return self._stream(sentences, batch_size, normalize, window)
+
+    def _stream(
+        self, sentences: Iterable[str], batch_size: int, normalize: bool, window: int
+    ) -> Iterator[Embedding]:
+        for first, texts in windows(sentences, window):
+            vectors, truncated = self._encode(texts, first, batch_size, normalize)
+            yield from map(Embedding, vectors.cpu().numpy(), truncated)
+
+    @torch.inference_mode()
+    def _encode(
+        self, sentences: Sequence[str], first: int, batch_size: int, normalize: bool
+    ) -> tuple[Tensor, list[bool]]:
+        """Vectors [n, embedding_size] on the model's device, and which texts have been cut."""
+        for index, sentence in enumerate(sentences, start=first):
+            check_text(sentence, index)
+        texts = [self.prompt + (s.lower() if self.lowercase else s) for s in sentences]
+        sequences, truncated = tokenize(self.tokenizer, texts, first)
+        device = self.model.embeddings.word.weight.device
+        rows = computed(sequences, lambda batch: self._embed(batch, device), batch_size)
+        vectors = torch.stack(rows) if rows else torch.empty(0, self.embedding_size, device=device)
+        if normalize:
+            vectors = torch.nn.functional.normalize(vectors, dim=1)
+        return vectors, truncated
+
+    def _hidden_states(self, batch: PackedTokens) -> Outputs:
+        return (self.model(**batch.arguments()).last_hidden_state,)
+
+    def _embed(self, batch: Sequence[TokenSequence], device: torch.device) -> Tensor:
+        """B sentences -> float32 [B, embedding_size]."""
+        packed = pack(batch, device)
+        x = self._forward(packed)[0].float()
+        lengths = packed.cu_seqlens.diff().long()
         pooled = []
         for mode in self.pooling:
             if mode == "cls":
-                pooled.append(x[cu_seqlens[:-1].long().to(device)])
+                pooled.append(x[packed.cu_seqlens[:-1].long()])
             elif mode == "max":
                 pooled.append(torch.segment_reduce(x, "max", lengths=lengths, unsafe=True))
             else:
@@ -209,20 +251,6 @@ class SentenceEncoder:
                 count = lengths[:, None].float()
                 pooled.append(total / (count if mode == "mean" else count.sqrt()))
         return torch.cat(pooled, dim=1)
-
-
-def _batches(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices by falling length, at most batch_size and TOKENS_PER_BATCH tokens a batch."""
-    batch: list[int] = []
-    tokens = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) == batch_size or tokens + lengths[i] > TOKENS_PER_BATCH):
-            yield batch
-            batch, tokens = [], 0
-        batch.append(i)
-        tokens += lengths[i]
-    if batch:
-        yield batch
 
 
 def _read_json(path: Path, kind: type) -> Any:

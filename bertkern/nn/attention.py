@@ -53,5 +53,6 @@ class MultiHeadAttention(nn.Module):
             layout.max_seqlen,
             dropout_p=self.dropout if self.training else 0.0,
             dropout_seed=dropout_seed,
+            sequence_offset=layout.sequence_offset,
         )
         return self.output(cast(Tensor, out_THD).flatten(1))

@@ -63,6 +63,6 @@ class BertEmbeddings(nn.Module):
             self.norm.eps,
             self.dropout if drops else 0.0,
             dropout_seed,
-            dropout_rows=layout.rows,
+            dropout_rows=layout.dropout_rows,
             padding_idx=self.word.padding_idx,
         )

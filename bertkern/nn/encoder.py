@@ -58,5 +58,6 @@ class EncoderLayer(nn.Module):
         )
         dropout = self.dropout if self.training else 0.0
         attended = self.attention(x, layout, attention_seed)
-        h = self.attention_norm.add(attended, x, dropout, output_seed, layout.rows)
-        return self.feed_forward_norm.add(self.feed_forward(h), h, dropout, ffn_seed, layout.rows)
+        rows = layout.dropout_rows
+        h = self.attention_norm.add(attended, x, dropout, output_seed, rows)
+        return self.feed_forward_norm.add(self.feed_forward(h), h, dropout, ffn_seed, rows)

@@ -1,15 +1,18 @@
 """The whole state of a training run in one safetensors file, from which it goes on bit for bit.
 
-model.<name>                                          weights
-optimizer.exp_avg.<name>, optimizer.exp_avg_sq.<name> moments of AdamW
-rng.cpu, rng.cuda                                     states of torch's generators
-metadata "state"                                      TrainingState, as JSON
+model.<name>                 weights, whole also where processes hold parts of them
+optimizer.<moment>.<name>    moments of the optimizer, and its count of updates
+scaler.<name>                the loss scale of fp16
+metadata "state"             TrainingState, as JSON
+
+Random numbers are no part of it: those of a step are a function of (seed, step).
 """
 
 from __future__ import annotations
 
+import errno
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from bertkern.data.files import replacing
-from bertkern.models.checkpoint import read_tensors
+from bertkern.models.checkpoint import PretrainedModel, read_tensors
 
 from .history import History
+from .processes import Processes
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_FROM_WHOLE = StateDictOptions(full_state_dict=True)  # every process reads the file
 
 
 @dataclass
@@ -35,6 +47,9 @@ class TrainingState:
         history: what was measured so far.
         step: updates done.
         epoch, batch: the next batch of the data.
+        epoch_step: updates done before this epoch.
+        since_record: the losses of the updates since the last record of the history, and their
+            tokens.
     """
 
     run: dict[str, Any]
@@ -42,23 +57,74 @@ class TrainingState:
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    epoch_step: int = 0
+    since_record: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
 
 def save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    state: TrainingState,
+    processes: Processes,
 ) -> None:
-    """Write the state of model, optimizer and random generators."""
-    tensors = {"rng.cpu": torch.get_rng_state()}
-    for name, parameter in model.named_parameters():
-        tensors[f"model.{name}"] = parameter.detach().cpu().contiguous()
-        for moment in _MOMENTS if parameter in optimizer.state else ():
-            value = optimizer.state[parameter][moment]
-            tensors[f"optimizer.{moment}.{name}"] = value.cpu().contiguous()
-        if parameter.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(parameter.device)
-    entries = {**state.__dict__, "history": state.history.to_dict()}
+    """Write the state of model and optimizer; all processes call it, the first one writes.
+
+    Raises:
+        OSError: the disk is full, or the folder not writable; an older checkpoint stays as it was.
+    """
+    tensors = {f"model.{name}": value for name, value in whole_weights(model).items()}
+    # empty but in the first process
+    moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    for name, entries in moments.get("state", {}).items():
+        for moment, value in entries.items():
+            tensors[f"optimizer.{moment}.{name}"] = value
+    for name, value in scaler.state_dict().items():
+        tensors[f"scaler.{name}"] = torch.tensor(float(value))
+    if processes.is_main:
+        entries = {**state.__dict__, "history": state.history.to_dict()}
+        write_tensors(path, tensors, {"state": json.dumps(entries)})
+    processes.wait()
+
+
+def save_weights(path: Path, model: nn.Module, processes: Processes) -> None:
+    """Write the weights alone; all processes call it, the first one writes.
+
+    Raises:
+        OSError: as save_checkpoint.
+    """
+    weights = whole_weights(model)
+    if processes.is_main:
+        write_tensors(path, weights, {"format": "pt"})
+    processes.wait()
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Put what save_weights wrote into the model."""
+    set_model_state_dict(model, dict[str, Any](read_tensors(path)), options=_FROM_WHOLE)
+
+
+def whole_weights(model: nn.Module) -> dict[str, Any]:
+    """All weights by name, on the CPU, in the first process; nothing in the others.
+
+    All processes call it.
+    """
+    return dict(get_model_state_dict(model, options=_WHOLE))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whole or not at all.
+
+    Raises:
+        OSError: as the system says it (`safetensors` has an error of its own for a full disk).
+    """
+    contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"state": json.dumps(entries)})
+        try:
+            save_file(contiguous, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"not written: {error}", str(path)) from error
 
 
 def read_state(path: Path) -> TrainingState:
@@ -76,9 +142,13 @@ def read_state(path: Path) -> TrainingState:
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict[str, Any]
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    run: dict[str, Any],
 ) -> TrainingState:
-    """Put model, optimizer and random generators into the state of a checkpoint of the same run.
+    """Put model and optimizer into the state of a checkpoint of the same run.
 
     Raises:
         ValueError: damaged, or the checkpoint of another run.
@@ -90,23 +160,50 @@ def load_checkpoint(
         raise ValueError(f"{path} is the checkpoint of another run: other {', '.join(different)}")
     tensors = read_tensors(path)
     try:
-        _restore(model, optimizer, tensors, state.step)
+        _restore(model, optimizer, tensors)
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: does not fit the model ({error})") from error
+    scale = {k.removeprefix("scaler."): v for k, v in tensors.items() if k.startswith("scaler.")}
+    if scale:
+        scaler.load_state_dict(
+            {
+                k: int(v) if k.endswith(("interval", "tracker")) else float(v)
+                for k, v in scale.items()
+            }
+        )
     return state
 
 
-@torch.no_grad()
 def _restore(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], step: int
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.copy_(tensors[f"model.{name}"])
-        if f"optimizer.{_MOMENTS[0]}.{name}" in tensors:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(step), device=parameter.device),
-                **{m: tensors[f"optimizer.{m}.{name}"].to(parameter.device) for m in _MOMENTS},
-            }
-        if parameter.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng.cuda"], parameter.device)
-    torch.set_rng_state(tensors["rng.cpu"])
+    weights: dict[str, Any] = {}
+    moments: dict[str, Any] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind == "model":
+            weights[name] = tensor
+        elif kind == "optimizer":
+            moment, _, name = name.partition(".")
+            moments.setdefault(name, {})[moment] = tensor
+    set_model_state_dict(model, weights, options=_FROM_WHOLE)
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    set_optimizer_state_dict(
+        model, optimizer, {"state": moments, "param_groups": groups}, options=_FROM_WHOLE
+    )
+
+
+def save_model(model: PretrainedModel, folder: Path, processes: Processes) -> None:
+    """save_pretrained by the first process; all call it, each may hold a part of the weights."""
+    if processes.count > 1:
+        weights = whole_weights(model)
+        if processes.is_main:
+            # FSDP2 gives a sharded model a class of its own, derived from the model's
+            own_class = next(c for c in type(model).__mro__ if c.__module__.startswith("bertkern."))
+            with torch.device("meta"):
+                whole = own_class(model.config)
+            whole.load_state_dict(weights, assign=True)
+            whole.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
+    processes.wait()

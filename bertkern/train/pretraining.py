@@ -1,19 +1,19 @@
-"""Pre-training of BERT with masked tokens and next sentences (Devlin et al. 2018), from raw text.
+"""Pre-training of BERT with masked tokens and next sentences (Devlin et al. 2018), from text.
 
     loss = masked-LM cross-entropy + next-sentence cross-entropy
-    AdamW (β 0.9, 0.999; eps 1e-6; decay 0.01, none on biases and LayerNorm), gradient norm clipped
-    at 1, learning rate with linear warm-up and linear decay to 0
+    AdamW (β 0.9, 0.999; eps 1e-6; decay 0.01, none on biases and LayerNorm) or LAMB, gradient norm
+    clipped at 1, learning rate with linear warm-up and linear decay to 0
 
-`pretrain_from_text` goes from documents to a folder that `BertForPreTraining.from_pretrained` and
-transformers read; `train` is the loop alone; `steps_in` plans a run by time. For example:
+`pretrain` goes from documents to a folder that `BertForPreTraining.from_pretrained` and
+transformers read. For example:
 
-    result = pretrain_from_text(
-        read_documents(files),  # or standard_library_text()
+    result = pretrain(
+        read_documents(files),  # or standard_library_text(), or a Corpus larger than memory
         "out",
         config=BertConfig(...),
         settings=PretrainingSettings(steps=1000),
     )
-    result.history.held_out[-1].mlm_loss < result.history.unigram_loss
+    result.history.evaluations[-1].figures["mlm_loss"] < result.history.baselines["mlm_loss"]
 
 A run is a function of (documents, config, settings). Ctrl-C and SIGTERM end it after the step at
 hand with a checkpoint and raise TrainingInterrupted, whose message says how to go on; a run
@@ -22,105 +22,87 @@ resumed with `resume=True` ends with the same bits as one that was never interru
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
+from bertkern.data.corpus import Corpus
 from bertkern.data.files import write_text
-from bertkern.data.pretraining import MaskingSettings, PackedBatch, PretrainingData
+from bertkern.data.packing import Batch, PackedBatch
+from bertkern.data.pretraining import MaskingSettings, PretrainingData
 from bertkern.data.text import Document, split_documents
-from bertkern.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from bertkern.models.bert import BertForPreTraining
+from bertkern.data.tokenizer import SpecialIds, load_tokenizer, save_tokenizer, train_tokenizer
+from bertkern.models.bert import BertForPreTraining, BertForPreTrainingOutput
 from bertkern.models.checkpoint import WEIGHTS
 from bertkern.models.config import BertConfig
 
-from .checkpoint import TrainingState, load_checkpoint, read_state, save_checkpoint
-from .evaluation import evaluate, unigram_loss
+from .checkpoint import read_state, save_model
+from .evaluation import evaluate, frequency_baselines
+from .flops import bert_training_flops
 from .history import History, StepRecord
-from .interruption import Interruption, TrainingInterrupted
-from .progress import TrainingProgress
-
-CHECKPOINT = "checkpoint.safetensors"
-HISTORY = "history.json"
-RECORD_EVERY = 10  # steps between two looks at the losses, each of which waits for a GPU
+from .loop import BEST, CHECKPOINT, HISTORY, Task, own_random_state, train
+from .processes import Processes
+from .settings import LoopSettings
 
 
 @dataclass(frozen=True)
-class PretrainingSettings:
-    """How to train.
+class PretrainingSettings(LoopSettings):
+    """How to pre-train.
 
     Attributes:
-        steps: updates of the weights.
-        tokens_per_batch: most tokens of a batch.
-        learning_rate: its peak.
-        warmup_fraction: part of the steps in which the rate rises from 0.
-        weight_decay, max_gradient_norm, betas, eps: of AdamW and of clipping.
-        evaluate_every: steps between evaluations on the held-out text; there is one before the
-            first step and one after the last in any case.
+        tokens_per_batch: most tokens of a step, of all processes together.
         evaluation_tokens: at most about so many held-out tokens are used.
-        checkpoint_every: steps between checkpoints.
-        bfloat16: compute matrix products in bfloat16 (autocast); weights stay float32.
-        seed: of weights, data and dropout.
         masking: how examples are made.
+        long_length: tokens of a sequence in the last part of the run (BERT: 128, then 512); None
+            for masking.max_length throughout.
+        long_fraction: that part of the steps.
     """
 
-    steps: int = 1000
     tokens_per_batch: int = 4096
-    learning_rate: float = 1e-3
-    warmup_fraction: float = 0.1
-    weight_decay: float = 0.01
-    max_gradient_norm: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-6
-    evaluate_every: int = 100
     evaluation_tokens: int = 65536
-    checkpoint_every: int = 200
-    bfloat16: bool = False
-    seed: int = 0
     masking: MaskingSettings = field(default_factory=MaskingSettings)
+    long_length: int | None = None
+    long_fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "evaluate_every", "checkpoint_every", "evaluation_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.warmup_fraction <= 1:
-            raise ValueError(f"warmup_fraction must be in 0..1, not {self.warmup_fraction}")
-        if self.tokens_per_batch < self.masking.max_length:
+        super().__post_init__()
+        if self.evaluation_tokens < 1:
+            raise ValueError(f"evaluation_tokens must be at least 1, not {self.evaluation_tokens}")
+        if not 0 <= self.long_fraction <= 1:
+            raise ValueError(f"long_fraction must be in 0..1, not {self.long_fraction}")
+        if self.tokens_per_batch < self.longest:
             raise ValueError(
-                f"tokens_per_batch = {self.tokens_per_batch} is less than max_length = "
-                f"{self.masking.max_length}"
+                f"tokens_per_batch = {self.tokens_per_batch} is less than a sequence of "
+                f"{self.longest} tokens"
             )
 
-    def rate(self, step: int) -> float:
-        """The learning rate of step 0, 1, ..., steps - 1."""
-        warmup = round(self.warmup_fraction * self.steps)
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        return self.learning_rate * (self.steps - step) / max(self.steps - warmup, 1)
+    @property
+    def longest(self) -> int:
+        """The most tokens of a sequence in the whole run."""
+        return max(self.masking.max_length, self.long_length or 0)
+
+    @property
+    def short_steps(self) -> int:
+        """Steps with sequences of masking.max_length, the first ones."""
+        return self.steps - (round(self.long_fraction * self.steps) if self.long_length else 0)
 
     @classmethod
-    def from_dict(cls, entries: dict) -> PretrainingSettings:
+    def from_dict(cls, entries: dict[str, Any]) -> PretrainingSettings:
         """The inverse of dataclasses.asdict, also after JSON."""
-        entries = dict(entries)
-        entries["betas"] = tuple(entries["betas"])
-        entries["masking"] = MaskingSettings(**entries["masking"])
-        return cls(**entries)
+        return super().from_dict({**entries, "masking": MaskingSettings(**entries["masking"])})
 
 
 @dataclass
 class PretrainingResult:
-    """What pretrain_from_text made; the same is in the folder `out`."""
+    """What `pretrain` made; the same is in the folder `out`."""
 
     model: BertForPreTraining
     tokenizer: Tokenizer
@@ -128,28 +110,101 @@ class PretrainingResult:
     out: Path
 
 
-def pretrain_from_text(
-    documents: Sequence[Document],
+class PretrainingTask(Task):
+    """Masked tokens and next sentences of a corpus.
+
+    Args:
+        config: of the model.
+        data, held_out: what to train on, what to evaluate on.
+        settings: how to train.
+    """
+
+    description = "pre-training"
+    metric = "mlm_loss"
+    higher_is_better = False
+
+    def __init__(
+        self,
+        config: BertConfig,
+        data: PretrainingData,
+        held_out: PretrainingData,
+        settings: PretrainingSettings,
+    ) -> None:
+        self.config, self.data, self.held_out, self.settings = config, data, held_out, settings
+
+    def batches(self, epoch: int, start: int, step: int) -> Iterator[Batch]:
+        """Short sequences until settings.short_steps updates are done, then long ones."""
+        settings = self.settings
+        budget = settings.tokens_per_batch
+        left = settings.short_steps - step - start
+        if step < settings.short_steps:
+            return islice(self.data.batches(epoch, budget, start), left) if left else iter(())
+        return self.data.batches(epoch, budget, start, settings.long_length)
+
+    def label_counts(self, part: PackedBatch) -> dict[str, int]:
+        """Masked tokens and sentence pairs."""
+        return {"mlm": part.predictions, "nsp": part.sequences}  # type: ignore[attr-defined]
+
+    def losses(self, output: BertForPreTrainingOutput) -> dict[str, Tensor]:
+        """The two losses that BERT minimises the sum of."""
+        assert output.masked_lm_loss is not None
+        assert output.next_sentence_loss is not None
+        return {"mlm": output.masked_lm_loss, "nsp": output.next_sentence_loss}
+
+    def evaluate(self, model: nn.Module, processes: Processes) -> dict[str, float]:
+        """As `evaluate`, on the held-out text."""
+        assert isinstance(model, BertForPreTraining)
+        settings = self.settings
+        return evaluate(
+            model, self.held_out, settings.tokens_per_batch, settings.evaluation_tokens, processes
+        )
+
+    def baselines(self) -> dict[str, float]:
+        """Of one who knows only frequencies."""
+        settings = self.settings
+        return frequency_baselines(
+            self.data, self.held_out, settings.tokens_per_batch, settings.evaluation_tokens
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Digests of the tokenised text."""
+        return {"train": self.data.corpus.fingerprint, "held_out": self.held_out.corpus.fingerprint}
+
+    def flops(self, batch: Batch) -> float:
+        """Of the layers, and of the head at the share of tokens that is masked."""
+        predictions = round(self.settings.masking.masked_fraction * int(batch.lengths.sum()))
+        return bert_training_flops(self.config, batch.lengths, predictions)
+
+
+def pretrain(
+    text: Sequence[Document] | Corpus,
     out: str | os.PathLike[str],
     *,
     config: BertConfig | None = None,
+    start: str | os.PathLike[str] | None = None,
     vocab_size: int = 30522,
     tokenizer: Tokenizer | None = None,
     settings: PretrainingSettings | None = None,
     held_out: float = 0.05,
     device: str | torch.device = "cpu",
+    workers: int = 0,
     resume: bool = False,
     overwrite: bool = False,
+    tensorboard: bool = False,
     progress: bool = True,
     console: Console | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> PretrainingResult:
     """Pre-train a BERT from text; save it, its tokenizer, history and checkpoint in a folder.
 
+    Started by `torchrun` or `accelerate launch`, all processes call it and train one model.
+
     Args:
-        documents: lists of sentences, from `bertkern.data`.
+        text: documents, lists of sentences, held in memory; or a Corpus, which needs `tokenizer`.
         out: the folder, made if need be.
         config: sizes; its vocab_size is replaced by the tokenizer's. None for BERT-base.
+        start: a folder with a BERT (and, for documents, its tokenizer) to go on from, in place of
+            random weights and `config`.
         vocab_size: of the tokenizer that is learned from the training part; fewer if the text is
             small.
         tokenizer: use this one and learn none.
@@ -157,10 +212,12 @@ def pretrain_from_text(
             None.
         held_out: part of the documents that is not trained on.
         device: where to compute.
+        workers: processes that make examples ahead; 0 makes them in this one.
         resume: go on from out's checkpoint.
         overwrite: start anew although out holds a checkpoint or a model, which are removed.
+        tensorboard: write curves to out's `tensorboard`, too.
         progress: show a progress bar, on `console`.
-        on_step: called with the record of every step.
+        on_step: called with every record of the history.
 
     Raises:
         ValueError: too little text, or a resumed run with other text or settings.
@@ -169,249 +226,131 @@ def pretrain_from_text(
         TrainingInterrupted: Ctrl-C or SIGTERM; the checkpoint is written.
     """
     out = Path(out)
-    checkpoint = out / CHECKPOINT
+    processes = Processes(device)
+    old = []
     if resume:
-        if not checkpoint.is_file():
-            raise FileNotFoundError(f"{checkpoint}: no checkpoint to resume from")
+        checkpoint = existing_checkpoint(out)
         tokenizer = load_tokenizer(out)
-        settings, config = _resumed_settings(checkpoint, settings, config)
+        settings, config = _resumed_settings(checkpoint, settings)
     else:
-        old = [out / name for name in (CHECKPOINT, WEIGHTS, HISTORY) if (out / name).exists()]
-        if old and not overwrite:
-            raise FileExistsError(
-                f"{old[0]} exists: resume that run, choose another folder, or allow overwriting"
-            )
+        old = runs_files(out)
+        if not overwrite:
+            refuse_to_overwrite(out)
     settings = settings or PretrainingSettings()
-    train_documents, held_out_documents = split_documents(documents, held_out, settings.seed)
-    if tokenizer is None:
-        tokenizer = train_tokenizer((s for d in train_documents for s in d), vocab_size)
-    data = PretrainingData(train_documents, tokenizer, settings.masking, settings.seed)
-    held_out_data = PretrainingData(held_out_documents, tokenizer, settings.masking, settings.seed)
-    config = config or BertConfig.base()
-    entries = {**config.to_dict(), "vocab_size": tokenizer.get_vocab_size()}
-    config = BertConfig.from_dict({**entries, "pad_token_id": data.special.pad})
-    if settings.masking.max_length > config.max_position_embeddings:
-        raise ValueError(
-            f"max_length = {settings.masking.max_length} exceeds max_position_embeddings = "
-            f"{config.max_position_embeddings}"
-        )
-    with _own_random_state(device):
+    if start is not None and tokenizer is None:
+        tokenizer = load_tokenizer(start)
+    train_corpus, held_out_corpus, tokenizer = _corpora(
+        text, tokenizer, vocab_size, held_out, settings.seed
+    )
+    data, held_out_data = (
+        PretrainingData(corpus, tokenizer, settings.masking, settings.seed, workers=workers)
+        for corpus in (train_corpus, held_out_corpus)
+    )
+    with own_random_state(processes.device):
         torch.manual_seed(settings.seed)
-        model = BertForPreTraining(config).to(device)
-        if not resume:
-            for path in old:
-                path.unlink()
-            save_tokenizer(tokenizer, out)
-        history = train(
-            model,
-            data,
-            held_out_data,
-            settings,
-            checkpoint=checkpoint,
-            resume=resume,
-            progress=progress,
-            console=console,
-            on_step=on_step,
+        model = _model(start, config, tokenizer, resume)
+    if settings.longest > model.config.max_position_embeddings:
+        raise ValueError(
+            f"max_length = {settings.longest} exceeds max_position_embeddings = "
+            f"{model.config.max_position_embeddings}"
         )
-    model.eval().save_pretrained(out)
-    write_text(out / HISTORY, history.to_json())
+    model = model.to(processes.device)
+    processes.wait()  # before the first one removes what the others looked for
+    if processes.is_main and not resume:
+        for path in old:
+            path.unlink()
+        save_tokenizer(tokenizer, out)
+    history = train(
+        model,
+        PretrainingTask(model.config, data, held_out_data, settings),
+        settings,
+        processes,
+        folder=out,
+        resume=resume,
+        tensorboard=tensorboard,
+        progress=progress,
+        console=console,
+        on_step=on_step,
+    )
+    save_model(model, out, processes)
+    if processes.is_main:
+        write_text(out / HISTORY, history.to_json())
     return PretrainingResult(model, tokenizer, history, out)
 
 
-def train(
-    model: BertForPreTraining,
-    data: PretrainingData,
-    held_out: PretrainingData,
-    settings: PretrainingSettings,
-    *,
-    checkpoint: Path | None = None,
-    resume: bool = False,
-    progress: bool = True,
-    console: Console | None = None,
-    on_step: Callable[[StepRecord], None] | None = None,
-) -> History:
-    """The training loop: updates `model` in place, on the device where it is.
+def runs_files(folder: Path) -> list[Path]:
+    """Files of an earlier run, which a new one would replace."""
+    names = (CHECKPOINT, BEST, WEIGHTS, HISTORY)
+    return [folder / name for name in names if (folder / name).exists()]
 
-    Draws dropout from torch's global generators; seed them for a run that can be repeated.
 
-    Args:
-        model: to be trained; with resume, its weights are replaced by the checkpoint's.
-        data, held_out: what to train on, what to evaluate on.
-        settings: how to train.
-        checkpoint: a file to which the whole state is written; None for no checkpoints.
-        resume: go on from `checkpoint`.
-        progress, console, on_step: as in pretrain_from_text.
+def existing_checkpoint(folder: Path) -> Path:
+    """The checkpoint that a folder holds.
 
     Raises:
-        TrainingInterrupted: Ctrl-C or SIGTERM.
-        FloatingPointError: the loss is no longer finite; the last checkpoint is from before.
-        ValueError: the checkpoint is damaged, or of another run.
+        FileNotFoundError: it holds none.
     """
-    device = model.bert.embeddings.word.weight.device
-    optimizer = make_optimizer(model, settings)
-    run = {
-        "settings": asdict(settings),
-        "config": model.config.to_dict(),
-        "data": fingerprint(data),
-    }
-    tokens_per_batch, evaluation_tokens = settings.tokens_per_batch, settings.evaluation_tokens
-    baseline = unigram_loss(data, held_out, tokens_per_batch, evaluation_tokens)
-    state = TrainingState(run=run, history=History(unigram_loss=baseline))
-    if resume:
-        assert checkpoint is not None, "there is nothing to resume from without a checkpoint"
-        state = load_checkpoint(checkpoint, model, optimizer, run)
-    history = state.history
-    pending: list[tuple[StepRecord, Tensor, Tensor]] = []
-
-    def record() -> None:
-        """Read the losses of the last steps from the device."""
-        for step_record, mlm_loss, nsp_loss in pending:
-            step_record.mlm_loss, step_record.nsp_loss = mlm_loss.item(), nsp_loss.item()
-            if not math.isfinite(step_record.mlm_loss + step_record.nsp_loss):
-                raise FloatingPointError(
-                    f"the loss of step {step_record.step} is not finite; a lower learning_rate "
-                    f"({settings.learning_rate}) may help"
-                )
-            history.steps.append(step_record)
-            if on_step is not None:
-                on_step(step_record)
-        pending.clear()
-
-    def save() -> None:
-        record()
-        if checkpoint is not None:
-            save_checkpoint(checkpoint, model, optimizer, state)
-
-    def assess() -> None:
-        record()
-        result = evaluate(model, held_out, tokens_per_batch, evaluation_tokens)
-        result.step = state.step
-        history.held_out.append(result)
-        bar.evaluated(result)
-
-    bar = TrainingProgress(settings.steps, state.step, progress, console)
-    with bar, Interruption() as interruption:
-        if state.step == 0 and not history.held_out:
-            assess()
-        for batch in _batches_from(data, tokens_per_batch, state):
-            if state.step >= settings.steps:
-                break
-            start = time.perf_counter()
-            model.train()
-            rate = settings.rate(state.step)
-            mlm_loss, nsp_loss = training_step(model, optimizer, batch, rate, settings)
-            state.step += 1
-            tokens = len(batch.input_ids)
-            pending.append((StepRecord(state.step, tokens, rate), mlm_loss, nsp_loss))
-            last = state.step == settings.steps
-            if len(pending) == RECORD_EVERY or device.type == "cpu" or last:
-                record()
-            bar.stepped(tokens, time.perf_counter() - start, history)
-            if state.step % settings.evaluate_every == 0 or last:
-                assess()
-            if state.step % settings.checkpoint_every == 0 or last or interruption.asked:
-                save()
-            if interruption.asked and not last:
-                raise TrainingInterrupted(state.step, settings.steps, checkpoint)
-    return history
+    if not (folder / CHECKPOINT).is_file():
+        raise FileNotFoundError(f"{folder / CHECKPOINT}: no checkpoint to resume from")
+    return folder / CHECKPOINT
 
 
-def training_step(
-    model: BertForPreTraining,
-    optimizer: torch.optim.Optimizer,
-    batch: PackedBatch,
-    rate: float,
-    settings: PretrainingSettings,
-) -> tuple[Tensor, Tensor]:
-    """One update; returns the masked-LM and the next-sentence loss, still on the device."""
-    device = model.bert.embeddings.word.weight.device
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
-        output = model(**batch.arguments(device))
-    assert output.loss is not None
-    optimizer.zero_grad(set_to_none=True)
-    output.loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_gradient_norm)
-    optimizer.step()
-    assert output.masked_lm_loss is not None
-    assert output.next_sentence_loss is not None
-    return output.masked_lm_loss.detach(), output.next_sentence_loss.detach()
+def refuse_to_overwrite(folder: Path) -> None:
+    """Raise FileExistsError where the folder holds an earlier run's checkpoint or model."""
+    if old := runs_files(folder):
+        raise FileExistsError(
+            f"{old[0]} exists: resume that run, choose another folder, or allow overwriting"
+        )
 
 
-def make_optimizer(model: torch.nn.Module, settings: PretrainingSettings) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: biases and LayerNorms, vectors, have none."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True
+def _corpora(
+    text: Sequence[Document] | Corpus,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    held_out: float,
+    seed: int,
+) -> tuple[Corpus, Corpus, Tokenizer]:
+    """What to train on, what to hold out, and the tokenizer, learned if none is given."""
+    if isinstance(text, Corpus):
+        if tokenizer is None:
+            raise ValueError("a Corpus needs the tokenizer that it was made with")
+        train_part, held_out_part = text.split(held_out, seed)
+        return train_part, held_out_part, tokenizer
+    train_documents, held_out_documents = split_documents(text, held_out, seed)
+    if tokenizer is None:
+        tokenizer = train_tokenizer((s for d in train_documents for s in d), vocab_size)
+    return (
+        Corpus.from_documents(train_documents, tokenizer),
+        Corpus.from_documents(held_out_documents, tokenizer),
+        tokenizer,
     )
 
 
-def steps_in(
-    seconds: float,
-    config: BertConfig,
-    settings: PretrainingSettings,
-    device: str | torch.device = "cpu",
-) -> int:
-    """How many training steps this machine makes in a time, measured on a few random batches."""
-    rng = np.random.default_rng(0)
-    length = settings.masking.max_length
-    count = settings.tokens_per_batch // length
-    tokens = torch.from_numpy(rng.integers(0, config.vocab_size, count * length))
-    places = torch.from_numpy(
-        np.flatnonzero(rng.random(count * length) < settings.masking.masked_fraction)
-    )
-    batch = PackedBatch(
-        input_ids=tokens,
-        token_type_ids=torch.zeros_like(tokens),
-        position_ids=torch.arange(length).repeat(count),
-        cu_seqlens=torch.arange(count + 1, dtype=torch.int32) * length,
-        max_seqlen=length,
-        labels=tokens[places],
-        label_tokens=places,
-        next_sentence_label=torch.zeros(count, dtype=torch.int64),
-    )
-    with _own_random_state(device):
-        model = BertForPreTraining(config).to(device).train()
-        optimizer = make_optimizer(model, settings)
-        times = []
-        for _ in range(5):  # the first ones warm up; the last one tells
-            start = time.perf_counter()
-            loss, _ = training_step(model, optimizer, batch, 0.0, settings)
-            loss.item()
-            times.append(time.perf_counter() - start)
-    return max(1, round(seconds / min(times[1:])))
-
-
-def fingerprint(data: PretrainingData) -> str:
-    """A digest of the tokenised text, by which a resumed run recognises its data."""
-    digest = hashlib.sha256()
-    for document in data.documents:
-        digest.update(len(document).to_bytes(8, "little"))
-        for sentence in document:
-            digest.update(sentence.astype("<i8").tobytes())
-    return digest.hexdigest()
-
-
-def _batches_from(
-    data: PretrainingData, tokens_per_batch: int, state: TrainingState
-) -> Iterator[PackedBatch]:
-    """Batches without end, from where the state stands; it moves on as they are taken."""
-    while True:
-        epoch, batches = data.batches(state.epoch, tokens_per_batch)
-        while state.batch < len(batches):
-            batch = epoch.pack(batches[state.batch])
-            state.batch += 1
-            yield batch
-        state.epoch, state.batch = state.epoch + 1, 0
+def _model(
+    start: str | os.PathLike[str] | None,
+    config: BertConfig | None,
+    tokenizer: Tokenizer,
+    resume: bool,
+) -> BertForPreTraining:
+    """The model that the run begins with."""
+    size = tokenizer.get_vocab_size()
+    if start is not None and not resume:
+        model = BertForPreTraining.from_pretrained(start, torch.float32, new_head=True)
+        if model.config.vocab_size < size:
+            raise ValueError(
+                f"{start} has a vocabulary of {model.config.vocab_size}, the tokenizer {size}"
+            )
+        return model
+    if not resume:
+        entries = {**(config or BertConfig.base()).to_dict(), "vocab_size": size}
+        entries["pad_token_id"] = SpecialIds.of(tokenizer).pad
+        config = BertConfig.from_dict(entries)
+    assert config is not None
+    return BertForPreTraining(config)
 
 
 def _resumed_settings(
-    checkpoint: Path, settings: PretrainingSettings | None, config: BertConfig | None
+    checkpoint: Path, settings: PretrainingSettings | None
 ) -> tuple[PretrainingSettings, BertConfig]:
     """What the interrupted run was started with."""
     run = read_state(checkpoint).run
@@ -424,12 +363,3 @@ def _resumed_settings(
         ]
         raise ValueError(f"{checkpoint} belongs to a run with other settings: {'; '.join(changed)}")
     return started, BertConfig.from_dict(run["config"])
-
-
-def _own_random_state(device: str | torch.device) -> AbstractContextManager[None]:
-    """A block whose random numbers leave torch's global generators as they were."""
-    device = torch.device(device)
-    cuda_devices = []
-    if device.type == "cuda":
-        cuda_devices = [torch.cuda.current_device() if device.index is None else device.index]
-    return torch.random.fork_rng(devices=cuda_devices)

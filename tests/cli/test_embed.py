@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from bertkern.cli.embed import NpyRows, read_lines
+from bertkern.cli.embed import NpyRows
+from bertkern.cli.lines import read_lines
 from bertkern.models import SentenceEncoder
 
 TEXT = "The loss falls.\n\n  A kernel reads tokens.  \nÜber alles, naïve!\n"
@@ -75,7 +76,7 @@ def test_not_utf8_is_refused_and_nothing_is_written(refused, encoder_folder, tmp
     path.write_bytes("fine\ncaf\xe9\n".encode("latin1"))
     line = refused("embed", path, "-m", encoder_folder, "-o", out)
     assert str(path) in line
-    assert "line 2 is not UTF-8 (byte 0xe9 at position 4)" in line
+    assert "line 2: not UTF-8 (byte 0xe9 at position 4)" in line
     assert not out.exists()
     assert not list(tmp_path.glob(".*"))
 
@@ -83,7 +84,9 @@ def test_not_utf8_is_refused_and_nothing_is_written(refused, encoder_folder, tmp
 def test_empty_input_is_refused(refused, encoder_folder, tmp_path):
     path, out = tmp_path / "empty.txt", tmp_path / "vectors.npy"
     path.write_text("\n  \n")
-    assert "no text to embed" in refused("embed", path, "-m", encoder_folder, "-o", out)
+    assert "no texts: the input holds no line" in refused(
+        "embed", path, "-m", encoder_folder, "-o", out
+    )
     assert not out.exists()
 
 

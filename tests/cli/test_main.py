@@ -8,7 +8,15 @@ import pytest
 import bertkern
 from bertkern.cli.main import app
 
-COMMANDS = ("info", "demo", "embed", "fill-mask", "pretrain", "tune", "bench")
+COMMANDS = (
+    *("info", "demo", "embed", "fill-mask", "classify", "answer", "attention-map", "pretrain"),
+    *("convert", "tune", "bench"),
+)
+GROUPS = {
+    "data": ("tokenizer", "prepare", "inspect"),
+    "finetune": ("classification", "token-classification", "qa", "multiple-choice"),
+}
+COMPUTING = {*COMMANDS, "finetune"} - {"info", "convert"}  # those that take --device
 
 
 def test_version(run):
@@ -17,15 +25,26 @@ def test_version(run):
 
 def test_help_names_every_command(run):
     text = run("--help").stdout
-    assert all(command in text for command in COMMANDS)
+    assert all(command in text for command in (*COMMANDS, *GROUPS))
     assert {command.name for command in app.registered_commands} == set(COMMANDS)
+    groups = {
+        g.name: [c.name for c in g.typer_instance.registered_commands]
+        for g in app.registered_groups
+    }
+    assert {name: set(commands) for name, commands in groups.items()} == {
+        name: set(commands) for name, commands in GROUPS.items()
+    }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [*[(c,) for c in COMMANDS], *[(g, c) for g in GROUPS for c in GROUPS[g]]],
+    ids=" ".join,
+)
 def test_every_command_and_option_explains_itself(run, command):
-    result = run(command, "--help", env={"COLUMNS": "200"})
+    result = run(*command, "--help", env={"COLUMNS": "200"})
     assert result.exit_code == 0
-    assert "--device" in result.stdout or command == "info"
+    assert ("--device" in result.stdout) == (command[0] in COMPUTING)
 
 
 def test_a_bug_of_ours_shows_its_traceback(run, monkeypatch):

@@ -1,9 +1,8 @@
-"""Reading text: sentences, documents, bad files, the standard library's English."""
+"""Sentences, documents held out, and the standard library's English."""
 
 import pytest
 
 from bertkern.data import (
-    read_documents,
     split_documents,
     split_sentences,
     standard_library_text,
@@ -19,31 +18,6 @@ def test_sentences():
         "It works",
     ]
     assert split_sentences("  \n") == []
-
-
-def test_documents(tmp_path):
-    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
-    one.write_bytes("\ufeffFirst line\r\ngoes on. Next.\r\n\r\n \r\nÜber.\n".encode())
-    two.write_text("Other file.")
-    assert read_documents([one, two]) == [
-        ["First line goes on.", "Next."],
-        ["Über."],
-        ["Other file."],
-    ]
-
-
-def test_bad_files(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_bytes("Fine \u00e9. ".encode() + b"caf\xe9.")
-    with pytest.raises(ValueError, match=r"text.txt: not UTF-8 text: byte 0xe9 at offset 12"):
-        read_documents([path])
-    path.write_text(" \n\n ")
-    with pytest.raises(ValueError, match=r"no text in .*text.txt"):
-        read_documents([path])
-    with pytest.raises(ValueError, match="no text in an empty list of files"):
-        read_documents([])
-    with pytest.raises(FileNotFoundError, match="nowhere: no such file"):
-        read_documents([tmp_path / "nowhere"])
 
 
 def test_split():

@@ -27,9 +27,50 @@ def test_reads_everything_transformers_writes(tmp_path):
 
 
 def test_keeps_what_does_not_concern_it(tmp_path):
-    entries = {"id2label": {"0": "no", "1": "yes"}, "position_embedding_type": "absolute"}
+    entries = {"finetuning_task": "rte", "position_embedding_type": "absolute"}
     config = BertConfig.from_dict(entries)
     assert config.to_dict().items() >= entries.items()
+
+
+@pytest.mark.parametrize(
+    ("entries", "names"),
+    [
+        ({}, ["LABEL_0", "LABEL_1"]),
+        ({"num_labels": 3}, ["LABEL_0", "LABEL_1", "LABEL_2"]),
+        ({"id2label": {"1": "yes", "0": "no"}}, ["no", "yes"]),
+        ({"label2id": {"yes": 1, "no": 0}, "num_labels": 2}, ["no", "yes"]),
+        ({"id2label": {0: "x"}, "label2id": None, "problem_type": "regression"}, ["x"]),
+        ({"id2label": {0: "same", 1: "same"}}, ["same", "same"]),
+    ],
+)
+def test_labels(entries, names, tmp_path):
+    """However they are given, they are complete, and transformers reads them from our file."""
+    config = BertConfig.from_dict(entries)
+    assert config.num_labels == len(names)
+    assert config.id2label == dict(enumerate(names))
+    assert config.label2id == {name: config.label2id[name] for name in names}
+    assert all(config.id2label[i] == name for name, i in config.label2id.items())
+    written = json.loads(json.dumps(config.to_dict()))
+    assert BertConfig.from_dict(written) == config
+    assert ("id2label" in written) == (names != ["LABEL_0", "LABEL_1"])
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    theirs = transformers.BertConfig.from_pretrained(tmp_path)
+    assert theirs.id2label == config.id2label
+    assert theirs.num_labels == config.num_labels
+    assert theirs.problem_type == config.problem_type
+    theirs.save_pretrained(tmp_path)
+    assert BertConfig.from_json_file(tmp_path / "config.json").id2label == config.id2label
+
+
+def test_changes():
+    config = BertConfig(id2label={0: "a", 1: "b", 2: "c"}, classifier_dropout=0.3)
+    assert config.with_changes(num_labels=3) == config
+    assert config.with_changes(num_labels=2).id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    other = config.with_changes(id2label={0: "x", 1: "y"}, hidden_dropout_prob=0.0)
+    assert other.label2id == {"x": 0, "y": 1}
+    assert (other.classifier_dropout, other.hidden_dropout_prob) == (0.3, 0.0)
+    with pytest.raises(ValueError, match="unknown config key 'nun_labels'"):
+        config.with_changes(nun_labels=2)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +85,25 @@ def test_keeps_what_does_not_concern_it(tmp_path):
         ({"hidden_size": "768"}, "hidden_size must be an integer >= 1, not '768'"),
         ({"num_attention_heads": 1}, "head dimension .*768; 1..256"),
         ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob must be in 0..1, not 1.5"),
+        ({"classifier_dropout": 2}, "classifier_dropout must be in 0..1, not 2"),
+        ({"problem_type": "ranking"}, "problem_type must be one of .*'regression'.* not 'ranking'"),
+        (
+            {"problem_type": "single_label_classification", "num_labels": 1},
+            "needs num_labels of 2 or more, not 1",
+        ),
+        ({"num_labels": 0}, "num_labels must be an integer >= 1, not 0"),
+        ({"num_labels": "3"}, "num_labels must be an integer >= 1, not '3'"),
+        (
+            {"num_labels": 3, "id2label": {"0": "a", "1": "b"}},
+            "num_labels = 3, but id2label has 2 labels",
+        ),
+        ({"id2label": ["a", "b"]}, r"id2label must be None or a table of labels, not \['a', 'b'\]"),
+        ({"id2label": {"one": "a"}}, "numbers of id2label must be integers .*'one'"),
+        ({"id2label": {"1": "a", "2": "b"}}, r"id2label must be 0..1, not \[1, 2\]"),
+        (
+            {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 1, "b": 0}},
+            "label2id = .* is not the inverse of id2label",
+        ),
         ({"pad_token_id": 40000}, "below vocab_size = 30522, not 40000"),
     ],
 )

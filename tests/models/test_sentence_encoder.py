@@ -90,7 +90,7 @@ def test_forms_of_the_result(encoder):
 def test_wrong_arguments(encoder):
     with pytest.raises(TypeError, match="not one string"):
         encoder.encode("one")
-    with pytest.raises(TypeError, match="sentences must be strings, not NoneType"):
+    with pytest.raises(TypeError, match="texts must be strings, not NoneType"):
         encoder.encode(["one", None])
     with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
         encoder.encode(["one"], batch_size=0)

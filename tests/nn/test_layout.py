@@ -67,7 +67,7 @@ def test_packed_rows_are_those_of_the_padded_batch():
     mask = torch.arange(5) < torch.tensor([[2], [5], [0], [3]])
     padded, _ = padded_layout((4, 5), CPU, mask)
     packed = packed_layout(10, padded.cu_seqlens, 5, CPU)
-    assert torch.equal(packed.rows, padded.rows)
+    assert torch.equal(packed.dropout_rows, padded.dropout_rows)
     assert torch.equal(packed.positions, padded.positions)
     x = torch.randn(10, 4)
     assert packed.pad(x) is x
@@ -77,7 +77,60 @@ def test_packed_rows_are_those_of_the_padded_batch():
 def test_packed_tokens_past_the_end_have_valid_positions():
     layout = packed_layout(12, torch.tensor([0, 2, 5], dtype=torch.int32), 3, CPU)
     assert layout.positions.tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 2, 2, 2, 2]
-    assert len(set(layout.rows.tolist())) == 12
+    assert len(set(layout.dropout_rows.tolist())) == 12
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 2), (1, 3), (2, 4), (3, 4)])
+def test_dropout_rows_of_a_part_are_those_of_the_whole(first, last):
+    mask = torch.arange(5) < torch.tensor([[2], [5], [0], [3]])
+    whole, _ = padded_layout((4, 5), CPU, mask)
+    bounds = whole.cu_seqlens[first : last + 1]
+    of_part = slice(int(bounds[0]), int(bounds[-1]))
+    part = packed_layout(int(bounds[-1] - bounds[0]), bounds - bounds[0], 5, CPU, first)
+    padded, _ = padded_layout((last - first, 5), CPU, mask[first:last], None, first)
+    for layout in (part, padded):
+        assert torch.equal(layout.dropout_rows, whole.dropout_rows[of_part])
+        rows = layout.sequence_rows()
+        rows = torch.arange(last) if rows is None else rows  # None: they count from 0
+        assert rows.tolist() == list(range(first, last))
+    unmasked, _ = padded_layout((last - first, 5), CPU, None, None, first)
+    rows = torch.arange(last * 5) if unmasked.dropout_rows is None else unmasked.dropout_rows
+    assert rows.tolist() == list(range(first * 5, last * 5))
+
+
+@pytest.mark.parametrize("slack", [0, 3])
+def test_by_sequence(slack):
+    lengths = [2, 0, 4, 1]
+    cu_seqlens = torch.tensor([0, 2, 2, 6, 7], dtype=torch.int32)
+    layout = packed_layout(7 + slack, cu_seqlens, 5, CPU)
+    x = torch.randn(7 + slack, 3, requires_grad=True)
+    y = layout.by_sequence(x, -1.0)
+    assert y.shape == (4, 5, 3)
+    for b, length in enumerate(lengths):
+        start = int(cu_seqlens[b])
+        assert torch.equal(y[b, :length], x[start : start + length])
+        assert (y[b, length:] == -1.0).all()
+    weights = torch.randn_like(y)
+    (y * weights).sum().backward()
+    assert torch.equal(layout.by_sequence(x.grad, 0.0)[0, :2], weights[0, :2])
+    assert (x.grad[7:] == 0).all()
+    nothing = packed_layout(0, torch.zeros(3, dtype=torch.int32), 2, CPU)
+    assert (nothing.by_sequence(torch.zeros(0, 3), 7.0) == 7.0).all()
+
+
+def test_padding_is_filled_as_asked():
+    layout, _ = padded_layout((2, 2), CPU, torch.tensor([[1, 0], [1, 1]]))
+    padded = layout.pad(torch.tensor([1.0, 2.0, 3.0]), -torch.inf)
+    assert padded.tolist() == [[1.0, -torch.inf], [2.0, 3.0]]
+
+
+@pytest.mark.parametrize("offset", [-1, 1.0, None])
+def test_offset_errors(offset):
+    message = f"sequence_offset must be an int >= 0, not {offset}"
+    with pytest.raises(ValueError, match=message):
+        packed_layout(4, torch.tensor([0, 4], dtype=torch.int32), 4, CPU, offset)
+    with pytest.raises(ValueError, match=message):
+        padded_layout((2, 2), CPU, sequence_offset=offset)
 
 
 @pytest.mark.parametrize(

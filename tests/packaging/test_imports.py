@@ -61,7 +61,8 @@ def imports_of(path, room):
     """Yield (line, dotted absolute name) of every import in a file, those inside functions too."""
     package = ["bertkern"] if room == "__init__" else ["bertkern", room]
     if path.parent.name != room and path.parent.name not in ("bertkern", *OUTSIDE):
-        package += path.relative_to(ROOT / "bertkern" / room).parts[:-1]
+        base = ROOT if room in OUTSIDE else ROOT / "bertkern"
+        package += path.relative_to(base / room).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for name in node.names:

@@ -9,19 +9,25 @@ import pytest
 import torch
 import transformers
 
-from bertkern.data import MaskingSettings, PretrainingData, split_documents, train_tokenizer
-from bertkern.data.pretraining import Epoch
-from bertkern.models import BertConfig, BertForPreTraining, fill_mask
+from bertkern.data import (
+    Corpus,
+    MaskingSettings,
+    PretrainingData,
+    load_tokenizer,
+    split_documents,
+    train_tokenizer,
+)
+from bertkern.models import BertConfig, BertForPreTraining, FillMask
 from bertkern.train import (
     History,
     PretrainingSettings,
+    PretrainingTask,
     TrainingInterrupted,
     evaluate,
-    pretrain_from_text,
-    steps_in,
+    pretrain,
 )
-from bertkern.train.evaluation import unigram_loss
-from bertkern.train.pretraining import CHECKPOINT, make_optimizer
+from bertkern.train.evaluation import frequency_baselines
+from bertkern.train.loop import CHECKPOINT
 
 SIZES = {
     "hidden_size": 16,
@@ -64,7 +70,7 @@ def documents():
 def run(documents, out, **changes):
     arguments = {"config": BertConfig(**SIZES), "vocab_size": 80, "progress": False}
     settings = PretrainingSettings(**{**SETTINGS, **changes.pop("settings", {})})
-    return pretrain_from_text(documents, out, **{**arguments, "settings": settings, **changes})
+    return pretrain(documents, out, **{**arguments, "settings": settings, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +92,7 @@ class StopAt:
 def test_history_and_files(finished):
     history = finished.history
     assert [s.step for s in history.steps] == list(range(1, 9))
-    assert [e.step for e in history.held_out] == [0, 3, 6, 8]
+    assert [e.step for e in history.evaluations] == [0, 3, 6, 8]
     assert all(np.isfinite(s.loss) for s in history.steps)
     stored = json.loads((finished.out / "history.json").read_text())
     assert History.from_dict(stored) == history
@@ -111,7 +117,7 @@ def test_interrupted_and_resumed_is_uninterrupted(documents, finished, tmp_path,
         run(documents, tmp_path, on_step=StopAt(step, number))
     assert signal.getsignal(signal.SIGINT) is handler
     assert not (tmp_path / "model.safetensors").exists()
-    resumed = pretrain_from_text(documents, tmp_path, resume=True, progress=False)
+    resumed = pretrain(documents, tmp_path, resume=True, progress=False)
     assert resumed.history == finished.history
     expected = finished.model.state_dict()
     for name, value in resumed.model.state_dict().items():
@@ -126,7 +132,7 @@ def test_resuming_a_finished_run_changes_nothing(documents, finished, tmp_path):
     (tmp_path / CHECKPOINT).write_bytes((finished.out / CHECKPOINT).read_bytes())
     for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((finished.out / name).read_bytes())
-    again = pretrain_from_text(documents, tmp_path, resume=True, progress=False)
+    again = pretrain(documents, tmp_path, resume=True, progress=False)
     assert again.history == finished.history
     weights = [(f / "model.safetensors").read_bytes() for f in (tmp_path, finished.out)]
     assert weights[0] == weights[1]
@@ -160,7 +166,7 @@ def test_refusals(documents, finished, tmp_path):
         run(documents, tmp_path, settings={"masking": MaskingSettings(max_length=64)})
     with pytest.raises(ValueError, match="steps must be at least 1, not 0"):
         PretrainingSettings(steps=0)
-    with pytest.raises(ValueError, match="tokens_per_batch = 100 is less than max_length = 128"):
+    with pytest.raises(ValueError, match="tokens_per_batch = 100 is less than a sequence of 128"):
         PretrainingSettings(tokens_per_batch=100)
     for content in (b"", (finished.out / CHECKPOINT).read_bytes()[:1000]):
         (tmp_path / CHECKPOINT).write_bytes(content)
@@ -183,29 +189,26 @@ def test_learning_rate():
     assert PretrainingSettings(steps=2, warmup_fraction=1.0).rate(1) > 0
 
 
-def test_no_decay_on_biases_and_layer_norms():
-    model = BertForPreTraining(BertConfig(vocab_size=50, **SIZES))
-    decayed, plain = make_optimizer(model, PretrainingSettings()).param_groups
-    names = {id(p): n for n, p in model.named_parameters()}
-    assert all("norm" in names[id(p)] or "bias" in names[id(p)] for p in plain["params"])
-    assert all(names[id(p)].endswith("weight") for p in decayed["params"])
-    assert not any("norm" in names[id(p)] for p in decayed["params"])
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.01, 0.0)
-    assert len(decayed["params"]) + len(plain["params"]) == len(names)
-    assert decayed["betas"] == (0.9, 0.999)
-    assert decayed["eps"] == 1e-6
-
-
 @pytest.fixture(scope="module")
 def held_out(documents):
     train, rest = split_documents(documents, 0.2)
     tokenizer = train_tokenizer([s for d in train for s in d], 80)
     masking = MaskingSettings(max_length=32)
-    return PretrainingData(train, tokenizer, masking), PretrainingData(rest, tokenizer, masking)
+    return [
+        PretrainingData(Corpus.from_documents(part, tokenizer), tokenizer, masking)
+        for part in (train, rest)
+    ]
+
+
+def examples_of(data):
+    """Every example of epoch 0, alone."""
+    for batch in data.batches(0, 256):
+        for i in range(len(batch)):
+            yield batch.part(i, i + 1)
 
 
 def test_evaluation_is_what_transformers_computes(held_out, tmp_path):
-    """Loss and accuracies, recomputed from transformers' logits of one padded batch per example."""
+    """Loss and accuracies, recomputed from transformers' logits of each example alone."""
     _, data = held_out
     torch.manual_seed(0)
     model = BertForPreTraining(BertConfig(vocab_size=data.vocab_size, **SIZES)).train()
@@ -213,41 +216,38 @@ def test_evaluation_is_what_transformers_computes(held_out, tmp_path):
     assert model.training
     model.save_pretrained(tmp_path)
     theirs = transformers.BertForPreTraining.from_pretrained(tmp_path).eval()
-    examples: Epoch = data.epoch(0)
     losses, right, right_pairs = [], [], []
-    for e in range(len(examples)):
-        part = slice(examples.starts[e], examples.starts[e + 1])
-        places = np.flatnonzero(examples.masked[part])
+    for example in examples_of(data):
         with torch.no_grad():
-            output = theirs(
-                torch.from_numpy(examples.input_ids[part])[None],
-                token_type_ids=torch.from_numpy(examples.token_type_ids[part])[None],
-            )
-        targets = torch.from_numpy(examples.original_ids[part][places])
-        log_p = output.prediction_logits[0, places].log_softmax(1)
-        losses += (-log_p[torch.arange(len(targets)), targets]).tolist()
-        right += (log_p.argmax(1) == targets).tolist()
-        label = examples.next_sentence_label[e]
-        right_pairs.append(output.seq_relationship_logits[0].argmax() == label)
-    assert got.predictions == len(losses)
-    assert got.pairs == len(examples)
-    assert got.mlm_loss == pytest.approx(np.mean(losses), rel=1e-5)
-    assert got.mlm_accuracy == pytest.approx(np.mean(right))
-    assert got.nsp_accuracy == pytest.approx(np.mean(right_pairs))
+            output = theirs(example.input_ids[None], token_type_ids=example.token_type_ids[None])
+        log_p = output.prediction_logits[0, example.label_tokens].log_softmax(1)
+        losses += (-log_p[torch.arange(len(log_p)), example.labels]).tolist()
+        right += (log_p.argmax(1) == example.labels).tolist()
+        guess = output.seq_relationship_logits[0].argmax()
+        right_pairs.append(bool(guess == example.next_sentence_label[0]))
+    assert got["mlm_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert got["mlm_accuracy"] == pytest.approx(np.mean(right))
+    assert got["nsp_accuracy"] == pytest.approx(np.mean(right_pairs))
 
 
-def test_unigram_baseline(held_out):
-    """By its definition, in plain Python."""
+def test_frequency_baselines(held_out, documents):
+    """By their definitions, in plain Python, from the text itself."""
     train, data = held_out
+    kept, _ = split_documents(documents, 0.2)
+    tokenizer = train_tokenizer([s for d in kept for s in d], 80)
     counts = [1] * train.vocab_size
-    for document in train.documents:
+    for document in kept:
         for sentence in document:
-            for token in sentence:
+            for token in tokenizer.encode(sentence, add_special_tokens=False).ids:
                 counts[token] += 1
-    examples = data.epoch(0)
     p = np.array(counts) / sum(counts)
-    expected = -np.log(p[examples.original_ids[examples.masked]]).mean()
-    assert unigram_loss(train, data, 256) == pytest.approx(expected, rel=1e-12)
+    examples = list(examples_of(data))
+    targets = np.concatenate([example.labels.numpy() for example in examples])
+    pairs = np.array([int(example.next_sentence_label[0]) for example in examples])
+    got = frequency_baselines(train, data, 256)
+    assert got["mlm_loss"] == pytest.approx(-np.log(p[targets]).mean(), rel=1e-12)
+    assert got["mlm_accuracy"] == pytest.approx((targets == p.argmax()).mean())
+    assert got["nsp_accuracy"] == pytest.approx(max(pairs.mean(), 1 - pairs.mean()))
 
 
 def test_it_learns(tmp_path):
@@ -258,20 +258,55 @@ def test_it_learns(tmp_path):
     )
     settings = {"steps": 150, "tokens_per_batch": 512, "learning_rate": 1e-2}
     result = run(documents, tmp_path, config=config, vocab_size=60, settings=settings)
-    first, last = result.history.held_out[0], result.history.held_out[-1]
-    assert first.mlm_loss > 0.9 * result.history.unigram_loss
-    assert last.mlm_loss < 0.2 * result.history.unigram_loss
-    (best,) = fill_mask(result.model, result.tokenizer, "v6 v6 v6 [MASK] v6 v6")
-    assert best[0][0] == "v6"
-    assert len(best) == 5
-    assert best == sorted(best, key=lambda entry: -entry[1])
-    with pytest.raises(ValueError, match=r"no \[MASK\]"):
-        fill_mask(result.model, result.tokenizer, "v3")
+    first, last = (result.history.evaluations[i].figures["mlm_loss"] for i in (0, -1))
+    assert first > 0.9 * result.history.baselines["mlm_loss"]
+    assert last < 0.2 * result.history.baselines["mlm_loss"]
+    (best,) = FillMask(result.model, result.tokenizer)(["v6 v6 v6 [MASK] v6 v6"])[0].masks
+    assert best[0].token == "v6"
 
 
-def test_steps_in():
-    settings = PretrainingSettings(**SETTINGS)
-    config = BertConfig(vocab_size=50, **SIZES)
-    few, many = steps_in(0.0, config, settings), steps_in(60.0, config, settings)
-    assert few == 1
-    assert many > 60
+LONG = {"long_length": 48, "long_fraction": 0.5, "tokens_per_batch": 128}
+LONG_SIZES = BertConfig(**{**SIZES, "max_position_embeddings": 48})
+
+
+def test_short_sequences_then_long_ones(held_out):
+    train, rest = held_out
+    settings = PretrainingSettings(**{**SETTINGS, **LONG, "steps": 40})
+    task = PretrainingTask(LONG_SIZES, train, rest, settings)
+    longest, epoch, step = [], 0, 0
+    while step < settings.steps:
+        lengths = [int(batch.lengths.max()) for batch in task.batches(epoch, 0, step)]
+        longest += lengths
+        epoch, step = epoch + 1, step + len(lengths)
+    assert settings.short_steps == 20
+    assert max(longest[:20]) == 32
+    assert max(longest[20:40]) == 48
+
+
+@pytest.mark.parametrize("step", [3, 4, 5])
+def test_resumed_around_the_change_of_length(documents, tmp_path, step):
+    changes = {"config": LONG_SIZES, "settings": LONG}
+    whole = run(documents, tmp_path / "whole", **changes)
+    with pytest.raises(TrainingInterrupted):
+        run(documents, tmp_path / "parts", on_step=StopAt(step), **changes)
+    resumed = pretrain(documents, tmp_path / "parts", resume=True, progress=False)
+    assert resumed.history == whole.history
+    expected = whole.model.state_dict()
+    assert all(v.equal(expected[name]) for name, v in resumed.model.state_dict().items())
+
+
+def test_a_corpus_on_disk_and_workers_give_the_same_run(documents, finished, tmp_path):
+    tokenizer = load_tokenizer(finished.out)
+    corpus = Corpus.build(documents, tokenizer, tmp_path / "corpus")
+    result = run(corpus, tmp_path / "out", tokenizer=tokenizer, workers=1)
+    assert [s.losses for s in result.history.steps] == [s.losses for s in finished.history.steps]
+    assert result.history.evaluations == finished.history.evaluations
+    with pytest.raises(ValueError, match="a Corpus needs the tokenizer"):
+        run(corpus, tmp_path / "other")
+
+
+def test_going_on_from_other_weights(documents, finished, tmp_path):
+    result = run(documents, tmp_path, start=finished.out, config=None, settings={"steps": 1})
+    before = finished.history.evaluations[-1].figures["mlm_loss"]
+    assert result.history.evaluations[0].figures["mlm_loss"] == pytest.approx(before, rel=1e-6)
+    assert result.tokenizer.get_vocab() == finished.tokenizer.get_vocab()

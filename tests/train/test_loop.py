@@ -1,0 +1,266 @@
+"""The loop: a step does not depend on its division, a run not on interruptions."""
+
+import dataclasses
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from train.labelled_sentences import SETTINGS, LabelledSentences, model
+
+from bertkern.train import TrainingInterrupted, train
+from bertkern.train.checkpoint import read_state
+from bertkern.train.loop import BEST, CHECKPOINT
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These products are too small for threads, which on a busy machine wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(folder=None, task=None, network=None, **changes):
+    """(model, history) of a run with SETTINGS but for the changes."""
+    keep = {k: changes.pop(k) for k in ("resume", "keep_best", "on_step") if k in changes}
+    network = network or model()
+    settings = dataclasses.replace(SETTINGS, **changes)
+    task = task or LabelledSentences()
+    history = train(network, task, settings, folder=folder, progress=False, **keep)
+    return network, history
+
+
+def weights(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def whole():
+    network, history = run()
+    return weights(network), history
+
+
+def test_it_learns():
+    _, history = run(network=model(dropout=0.0), steps=400)
+    assert history.evaluations[0].figures["accuracy"] < 0.8
+    assert history.evaluations[-1].figures["accuracy"] > 0.95
+    assert [e.step for e in history.evaluations] == [0, *range(4, 401, 4)]
+
+
+@pytest.mark.parametrize("pieces", [2, 5, 9])
+def test_accumulating_gradients_changes_nothing_but_rounding(whole, pieces):
+    """Dropout is on. Nine pieces are more than a batch's sentences: some pieces are empty."""
+    network, history = run(accumulate=pieces)
+    for name, value in whole[0].items():
+        torch.testing.assert_close(network.state_dict()[name], value, rtol=1e-4, atol=2e-5)
+    expected = [step.loss for step in whole[1].steps]
+    np.testing.assert_allclose([s.loss for s in history.steps], expected, rtol=2e-5)
+
+
+def test_a_wrong_mean_would_be_seen(whole):
+    """What the test above can tell: the mean of the pieces' means is another loss."""
+    batch = next(LabelledSentences().batches(0, 0, 0))
+    network = model(dropout=0.0)
+    loss = network(**batch.part(0, 6).arguments()).loss
+    parts = [network(**batch.part(*ends).arguments()).loss for ends in ((0, 4), (4, 6))]
+    assert abs(loss - (4 * parts[0] + 2 * parts[1]) / 6) < 1e-6
+    assert abs(loss - (parts[0] + parts[1]) / 2) > 1e-4
+
+
+def test_gradient_checkpointing_changes_nothing(whole):
+    network, history = run(gradient_checkpointing=True)
+    assert history == whole[1]
+    assert all(network.state_dict()[name].equal(value) for name, value in whole[0].items())
+
+
+def test_bf16_is_near(whole):
+    _, history = run(precision="bf16")
+    losses = [s.loss for s in history.steps]
+    assert losses != [s.loss for s in whole[1].steps]
+    np.testing.assert_allclose(losses[:3], [s.loss for s in whole[1].steps[:3]], rtol=0.02)
+
+
+def test_fp16_scales_its_loss_and_resumes(tmp_path):
+    """The scale is part of the state."""
+    network, history = run(tmp_path / "whole", precision="fp16")
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path / "parts", precision="fp16", on_step=stop_at(5))
+    resumed, again = run(tmp_path / "parts", precision="fp16", resume=True)
+    assert again == history
+    expected = network.state_dict()
+    assert all(value.equal(expected[name]) for name, value in resumed.state_dict().items())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("step", [1, 3, 4, 7])
+def test_interrupted_and_resumed_is_uninterrupted(tmp_path, optimizer, step):
+    """In the first step, at the end of an epoch (3), with an evaluation (4), in a later epoch."""
+    expected, history = run(tmp_path / "whole", optimizer=optimizer)
+    with pytest.raises(TrainingInterrupted, match=f"interrupted after step {step} of 12"):
+        run(tmp_path / "parts", optimizer=optimizer, on_step=stop_at(step))
+    resumed, again = run(tmp_path / "parts", optimizer=optimizer, resume=True, network=model(9))
+    assert again == history
+    states = resumed.state_dict(), expected.state_dict()
+    assert all(states[0][name].equal(states[1][name]) for name in states[1])
+
+
+def stop_at(step):
+    def stop(record):
+        if record.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return stop
+
+
+def test_a_killed_process_loses_only_the_steps_since_its_checkpoint(tmp_path):
+    expected, history = run(tmp_path / "whole", checkpoint_every=3)
+    code = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from train.test_loop import run\n"
+        "die = lambda r: r.step == 8 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "run(Path(sys.argv[2]), checkpoint_every=3, on_step=die)\n"
+    )
+    tests = str(Path(__file__).resolve().parents[1])
+    killed = subprocess.run([sys.executable, "-c", code, tests, str(tmp_path / "parts")])
+    assert killed.returncode == -signal.SIGKILL
+    assert read_state(tmp_path / "parts" / CHECKPOINT).step == 6
+    resumed, again = run(tmp_path / "parts", checkpoint_every=3, resume=True)
+    assert again == history
+    states = resumed.state_dict(), expected.state_dict()
+    assert all(states[0][name].equal(states[1][name]) for name in states[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of a file's size as Linux has them")
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    run(tmp_path, steps=4)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="not written"):
+            run(tmp_path, steps=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
+
+
+def test_patience_and_the_best_weights(tmp_path):
+    """The figures are given: the best one is the second, and then two are not better."""
+    kept = {}
+
+    class Watching(LabelledSentences):
+        def evaluate(self, network, processes):
+            kept[self.evaluations] = weights(network)
+            return super().evaluate(network, processes)
+
+    task = Watching(figures=[0.1, 0.8, 0.7, 0.8, 0.9])
+    network, history = run(tmp_path, task=task, patience=2, keep_best=True)
+    assert [e.step for e in history.evaluations] == [0, 4, 8, 12][: len(history.evaluations)]
+    assert len(history.evaluations) == 4
+    assert all(network.state_dict()[name].equal(kept[1][name]) for name in kept[1])
+    assert not any(value.equal(kept[3][name]) for name, value in kept[1].items() if "qkv" in name)
+    assert (tmp_path / BEST).is_file()
+    early = LabelledSentences(figures=[0.9, 0.8, 0.7])
+    _, history = run(task=early, patience=1)
+    assert [e.step for e in history.evaluations] == [0, 4]
+    assert len(history.steps) == 4
+
+
+def test_a_long_history_keeps_means(monkeypatch, whole):
+    monkeypatch.setattr("bertkern.train.loop.MOST_RECORDS", 4)
+    _, history = run()
+    assert [r.step for r in history.steps] == [3, 6, 9, 12]
+    single = whole[1].steps
+    for i, record in enumerate(history.steps):
+        three = single[3 * i : 3 * i + 3]
+        assert record.tokens == sum(r.tokens for r in three)
+        assert record.loss == pytest.approx(np.mean([r.loss for r in three]))
+        assert record.learning_rate == three[-1].learning_rate
+
+
+def test_means_survive_an_interruption(tmp_path, monkeypatch):
+    monkeypatch.setattr("bertkern.train.loop.MOST_RECORDS", 4)
+    _, history = run(tmp_path / "whole")
+    handler = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    class Stopping(LabelledSentences):
+        def losses(self, output):
+            seen.append(output)
+            if len(seen) == 5:  # between two records
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().losses(output)
+
+    with pytest.raises(TrainingInterrupted, match="after step 5"):
+        run(tmp_path / "parts", task=Stopping())
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert len(read_state(tmp_path / "parts" / CHECKPOINT).since_record) == 2
+    _, again = run(tmp_path / "parts", resume=True)
+    assert again == history
+
+
+def test_a_run_draws_none_of_the_callers_random_numbers(whole):
+    network = model()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    _, history = run(network=network)
+    assert torch.equal(torch.rand(3), expected)
+    assert history == whole[1]
+
+
+def test_refusals(tmp_path):
+    run(tmp_path, steps=4)
+    with pytest.raises(ValueError, match="checkpoint of another run: other settings"):
+        run(tmp_path, steps=5, resume=True)
+    with pytest.raises(ValueError, match="checkpoint of another run: other data"):
+        run(tmp_path, steps=4, resume=True, task=LabelledSentences((3, 3)))
+    with pytest.raises(ValueError, match="epoch 0 of the data is empty"):
+        run(task=LabelledSentences((), figures=[0.5]))
+    with pytest.raises(FloatingPointError, match="loss of step 2 is not finite; a lower"):
+        run(learning_rate=1e38, max_gradient_norm=1e38)
+    path = tmp_path / CHECKPOINT
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged, or not a training checkpoint"):
+        run(tmp_path, steps=4, resume=True)
+    for changes, message in (
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"optimizer": "sgd"}, r"optimizer must be one of \('adamw', 'lamb'\), not 'sgd'"),
+        ({"precision": "fp8"}, "precision must be one of"),
+        ({"warmup_fraction": 1.5}, r"warmup_fraction must be in 0..1, not 1.5"),
+        ({"patience": 0}, "patience must be at least 1, not 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(SETTINGS, **changes)
+
+
+def test_curves_for_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    network, task = model(), LabelledSentences()
+    history = train(network, task, SETTINGS, folder=tmp_path, tensorboard=True, progress=False)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    losses = events.Scalars("train/label_loss")
+    assert [e.step for e in losses] == [r.step for r in history.steps]
+    np.testing.assert_allclose(
+        [e.value for e in losses], [r.loss for r in history.steps], rtol=1e-6
+    )
+    assert [e.step for e in events.Scalars("held-out/accuracy")] == [0, 4, 8, 12]
+
+
+def test_history_goes_through_json(whole):
+    history = whole[1]
+    assert type(history).from_dict(json.loads(history.to_json())) == history
+    assert history.curve("accuracy")[0] == [0, 4, 8, 12]
