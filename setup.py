@@ -326,11 +326,14 @@ def _c_string(value: str) -> str:
 
 
 rooms = ("ops", "reference", "nn", "models", "data", "train", "integrations", "cli")
-outside = ("kernels", "benchmarks")  # rooms at the top level of the repository
+outside = ("kernels", "benchmarks", "benchmarks.tasks")  # rooms at the top level of the repository
 setup(
     packages=["bertkern", *(f"bertkern.{room}" for room in (*rooms, *outside))],
-    package_dir={"bertkern": "bertkern", **{f"bertkern.{room}": room for room in outside}},
-    package_data={"bertkern": ["py.typed", "_C.pyi"]},
+    package_dir={
+        "bertkern": "bertkern",
+        **{f"bertkern.{room}": room.replace(".", "/") for room in outside},
+    },
+    package_data={"bertkern": ["py.typed", "_C.pyi"], "bertkern.cli": ["attention_map.html"]},
     ext_modules=[Extension("bertkern._C", sources=["csrc/bindings.cpp"])],
     cmdclass={"build_ext": BuildExtension},
     zip_safe=False,

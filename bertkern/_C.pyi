@@ -337,6 +337,7 @@ def cuda_attention_fwd(
     cu_seqlens_q: int,
     cu_seqlens_k: int,
     key_lengths: int,
+    order: int,
     batch: int,
     seqlen_q: int,
     seqlen_k: int,
@@ -361,8 +362,9 @@ def cuda_attention_fwd(
     """As cpu_attention_fwd, on a device and its stream: fp16 and bf16, head dims that are multiples
     of 8 up to 128, every row of q, k, v and out on a multiple of 16 bytes; dropout_seed is an
     address on the device. In variable length seqlen_q and seqlen_k are the longest sequences' (or
-    more), total_q and total_k the rows; lengths are not checked. Raises ValueError for what it
-    cannot take, RuntimeError when a launch fails."""
+    more), total_q and total_k the rows; lengths are not checked. `order` is scratch there, int32
+    [batch], which names the sequences longest first on Hopper. Raises ValueError for what it cannot
+    take, RuntimeError when a launch fails."""
 
 def cuda_attention_bwd(
     dout: int,
@@ -390,6 +392,7 @@ def cuda_attention_bwd(
     cu_seqlens_q: int,
     cu_seqlens_k: int,
     key_lengths: int,
+    order: int,
     batch: int,
     seqlen_q: int,
     seqlen_k: int,
@@ -412,7 +415,7 @@ def cuda_attention_bwd(
     stream: int,
 ) -> None:
     """As cpu_attention_bwd, with the limits of cuda_attention_fwd. delta, fp32 like lse, is
-    scratch. The same bits from run to run."""
+    scratch; so is order in variable length, int32 [2, batch]. The same bits from run to run."""
 
 def cuda_layer_norm_fwd(
     x: int,

@@ -34,6 +34,15 @@ def _strides(t: Tensor) -> tuple[int, int, int]:
     return batch, sequence, head
 
 
+def _order(cu_seqlens: Tensor | None, *directions: int) -> Tensor | None:
+    """Scratch int32 [*directions, B] for the order in which a varlen batch's sequences are taken:
+    longest first, found on the device. None in the batched layout."""
+    if cu_seqlens is None:
+        return None
+    shape = (*directions, cu_seqlens.shape[0] - 1)
+    return torch.empty(shape, dtype=torch.int32, device=cu_seqlens.device)
+
+
 def _options(
     q: Tensor,
     k: Tensor,
@@ -118,7 +127,10 @@ def attention_fwd(
         return out, lse
     keys = None if key_padding_mask is None else key_padding_mask.contiguous()
     indices = (keys, cu_seqlens_q, cu_seqlens_k, key_lengths)
-    _C.cuda_attention_fwd(**_options(q, k, v, out, lse, bias, *indices, *options))
+    order = _order(cu_seqlens_q)
+    _C.cuda_attention_fwd(
+        order=address(order), **_options(q, k, v, out, lse, bias, *indices, *options)
+    )
     return out, lse
 
 
@@ -153,10 +165,12 @@ def attention_bwd(
     if dq.numel() + dk.numel() == 0:
         return dq, dk, dv, None if dbias is None else dbias.zero_()
     indices = (keys, cu_seqlens_q, cu_seqlens_k, key_lengths)
+    order = _order(cu_seqlens_q, 2)
     _C.cuda_attention_bwd(
         dout=address(dout),
         dlse=address(dlse),
         delta=address(delta),
+        order=address(order),
         dq=address(dq),
         dk=address(dk),
         dv=address(dv),

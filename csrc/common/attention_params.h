@@ -28,7 +28,8 @@ struct AttentionKernelArguments {
   int64_t lse_batch, lse_head;
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [B + 1], or null: batched layout
   const int32_t* key_lengths;                  // [B], or null
-  const uint8_t* key_padding_mask;             // [B, Sk], 0 for padding; or null
+  int32_t* order;  // [B], varlen on Hopper: the sequences as blocks take them; null: as they come
+  const uint8_t* key_padding_mask;  // [B, Sk], 0 for padding; or null
   DeviceBias bias_kind;
   const void* bias;
   int64_t bias_strides[4];  // batch, head, query, key; 0 where it is broadcast

@@ -44,9 +44,9 @@ void launch_keys(const AttentionKernelArguments& a, DType dtype, int64_t sequenc
 }
 
 // Which kernel computes a sequence follows from its own number of keys. Where that differs within a
-// batch both are launched, each leaving out the sequences of the other.
+// batch both are launched, each leaving out the sequences of the other. a.order is that by queries.
 template <typename T, typename Tiles, AttentionVariant kVariant>
-void launch_bwd(AttentionKernelArguments a, DType dtype, void* stream) {
+void launch_bwd(AttentionKernelArguments a, int32_t* order_by_keys, DType dtype, void* stream) {
   constexpr bool kGeneral = kVariant == AttentionVariant::kGeneral;
   using Short =
       std::conditional_t<kGeneral, typename Tiles::BwdShortGeneral, typename Tiles::BwdShort>;
@@ -71,6 +71,7 @@ void launch_bwd(AttentionKernelArguments a, DType dtype, void* stream) {
   a.most_keys = INT_MAX;
   auto arguments = with_maps<Queries>(a, dtype, Queries::kRows, Queries::kColumns);
   arguments.a.blocks = tiles_of(a.seqlen_q, Queries::kRows);
+  arguments.a.order = order_by_keys;
   launch(sm90::attention_bwd_queries_kernel<T, Queries, kVariant>,
          {arguments.a.blocks * a.heads * sequences(a), Queries::kThreads,
           sm90::BwdQueriesMemory<Queries>::kBytes},
@@ -85,12 +86,19 @@ bool attention_bwd_suits_sm90(const AttentionKernelArguments& a) {
          reached(key_rows(a, "v", a.v)) && reached(query_rows(a, "dout", a.dout));
 }
 
-void attention_bwd_sm90(const AttentionKernelArguments& a, DType dtype, void* stream) {
+void attention_bwd_sm90(const AttentionKernelArguments& given, DType dtype, void* stream) {
+  // Blocks that own keys walk over queries, and the other way round.
+  AttentionKernelArguments a = given;
+  a.order = order_sequences(a.cu_seqlens_q, a.batch, given.order, stream);
+  int32_t* by_keys = a.cu_seqlens_k == a.cu_seqlens_q
+                         ? a.order
+                         : order_sequences(a.cu_seqlens_k, a.batch, given.order + a.batch, stream);
   with_tiles(dtype, a.head_dim, [&](auto type, auto tiles) {
     using T = decltype(type);
     using Tiles = typename decltype(tiles)::Hopper;
-    with_variant(
-        a, [&](auto variant) { launch_bwd<T, Tiles, decltype(variant)::value>(a, dtype, stream); });
+    with_variant(a, [&](auto variant) {
+      launch_bwd<T, Tiles, decltype(variant)::value>(a, by_keys, dtype, stream);
+    });
   });
 }
 

@@ -176,6 +176,37 @@ struct QueryRows {
   }
 };
 
+// delta + dlse of query i, whose keys are in several tiles: Σ_d dout · out, the four lanes of its
+// row a quarter each; dout(chunk) is dout's 8 elements from column 8 · chunk on, `keys` are those
+// of the row's dropout. Where the query sees one key p is 1 and out the rounded m v: v itself is
+// summed, since dp - delta, which is 0, would be that rounding.
+template <typename T, int kHeadDim, AttentionVariant kVariant, typename Chunk>
+BERTKERN_DEVICE float delta_of_row(const AttentionKernelArguments& a, const QueryTile& own, int i,
+                                   DropoutRow keys, Chunk dout) {
+  const T* row = head_rows<const T>(a.out, own.index, own.s.first_q, own.head) + i * a.out.token;
+  float factor = 1.0f;
+  const int j = has_dropout<kVariant>(a) ? only_key(own.s, i) : -1;
+  if (j >= 0) {
+    row =
+        head_rows<const T>(a.v, own.index, own.s.first_k, key_head_of(a, own.head)) + j * a.v.token;
+    factor = is_kept(keys, i, j, a.dropout_threshold) ? a.dropout_scale : 0.0f;
+  }
+  float sum = 0.0f;
+#pragma unroll
+  for (int chunk = lane_index() % 4; chunk < kHeadDim / 8; chunk += 4) {
+    if (chunk * 8 >= a.head_dim) continue;
+    union {
+      ptx::Words4 words;
+      T element[8];
+    } o, d;
+    o.words = ptx::load_global_16(row + chunk * 8);
+    d.words = dout(chunk);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) sum += ptx::to_float(o.element[e]) * ptx::to_float(d.element[e]);
+  }
+  return factor * sum_of_row(sum);
+}
+
 // p [16 x kKeyTiles · 8] holds products q kᵀ, dp holds dout vᵀ: p becomes ds, the gradient of the
 // scores (kCapped: of the products before the cap, in units of 1 / scale). Its corner is score
 // (first_q, first_k); `whole`: every score counts; `all_keys`: no other key is seen, so Σ p dp of

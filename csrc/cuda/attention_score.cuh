@@ -59,6 +59,11 @@ BERTKERN_DEVICE Sequence sequence_of(const AttentionKernelArguments& a, int inde
   return s;
 }
 
+// The sequence whose turn it is. In varlen the rows behind the last sequence come last.
+BERTKERN_DEVICE int sequence_in_turn(const AttentionKernelArguments& a, int turn) {
+  return a.order != nullptr && turn < a.batch ? a.order[turn] : turn;
+}
+
 // A tile of queries of a head, and the tiles of keys that some of them see.
 struct QueryTile {
   Sequence s;
@@ -111,6 +116,13 @@ struct KeptKeys {
 
 BERTKERN_DEVICE bool sees(const Sequence& s, const uint8_t* kept, int i, int j) {
   return j < s.len_k && j >= i + s.low && j <= i + s.high && (kept == nullptr || kept[j] != 0);
+}
+
+// The key that query i sees where band and length leave it one alone, else -1.
+BERTKERN_DEVICE int only_key(const Sequence& s, int i) {
+  const int first = i + s.low > 0 ? i + s.low : 0;
+  const int last = i + s.high < s.len_k ? i + s.high : s.len_k - 1;
+  return first == last ? first : -1;
 }
 
 // Whether every query of [first_q, end_q) sees every key of [first_k, end_k).
@@ -227,6 +239,15 @@ BERTKERN_DEVICE void kept_in_groups(DropoutRow row, uint32_t group, uint32_t thr
 // The same for the group of column j.
 BERTKERN_DEVICE void kept_scores(DropoutRow row, int j, uint32_t threshold, bool (&kept)[2][2]) {
   kept_in_groups(row, dropout_group(static_cast<uint32_t>(j)), threshold, kept);
+}
+
+// Whether dropout keeps score (i, j). `row` as there.
+BERTKERN_DEVICE bool is_kept(DropoutRow row, int i, int j, uint32_t threshold) {
+  bool kept[2][2];
+  kept_scores(row, j, threshold, kept);
+  const bool of_low = (j & 8) != 0 ? kept[0][1] : kept[0][0];
+  const bool of_high = (j & 8) != 0 ? kept[1][1] : kept[1][0];
+  return (i & 8) != 0 ? of_high : of_low;
 }
 
 // The sum over the four lanes that hold one row of a fragment, and the maximum.

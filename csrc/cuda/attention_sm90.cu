@@ -10,6 +10,7 @@
 #include "cuda/attention_table.h"
 #include "cuda/launch.h"
 #include "cuda/sm90/attention_fwd.cuh"
+#include "cuda/sm90/sequence_order.cuh"
 
 namespace bertkern::cuda {
 namespace {
@@ -44,13 +45,24 @@ void launch_fwd(const AttentionKernelArguments& a, DType dtype, int multiprocess
 
 }  // namespace
 
+int32_t* order_sequences(const int32_t* cu_seqlens, int batch, int32_t* order, void* stream) {
+  if (cu_seqlens == nullptr || batch < 2) return nullptr;
+  launch(sm90::sequence_order_kernel,
+         {(batch + sm90::kOrderThreads - 1) / sm90::kOrderThreads, sm90::kOrderThreads,
+          sm90::kOrderBytes},
+         sm90::SequenceOrderArguments{cu_seqlens, order, batch}, stream, "sequence_order");
+  return order;
+}
+
 bool attention_fwd_suits_sm90(const AttentionKernelArguments& a) {
   return reached(query_rows(a, "q", a.q)) && reached(key_rows(a, "k", a.k)) &&
          reached(key_rows(a, "v", a.v));
 }
 
-void attention_fwd_sm90(const AttentionKernelArguments& a, DType dtype, int multiprocessors,
+void attention_fwd_sm90(const AttentionKernelArguments& given, DType dtype, int multiprocessors,
                         void* stream) {
+  AttentionKernelArguments a = given;
+  a.order = order_sequences(a.cu_seqlens_k, a.batch, a.order, stream);
   with_tiles(dtype, a.head_dim, [&](auto type, auto tiles) {
     using T = decltype(type);
     using Tiles = typename decltype(tiles)::Hopper;

@@ -16,6 +16,10 @@ bool attention_bwd_suits_sm90(const AttentionKernelArguments& arguments);
 void attention_fwd_sm90(const AttentionKernelArguments& arguments, DType dtype, int multiprocessors,
                         void* stream);
 
+// Has the sequences of a varlen batch put into `order` [B], the longest first, and returns it; null
+// where there is nothing to put in order: no varlen, or one sequence.
+int32_t* order_sequences(const int32_t* cu_seqlens, int batch, int32_t* order, void* stream);
+
 // As attention_bwd but for dbias, on the current device.
 void attention_bwd_sm90(const AttentionKernelArguments& arguments, DType dtype, void* stream);
 

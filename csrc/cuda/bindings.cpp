@@ -143,15 +143,16 @@ AttentionKernelArguments cuda_attention_arguments(
     const Strides& q_strides, const Strides& k_strides, const Strides& v_strides,
     const Strides& out_strides, const FourSizes& bias_sizes, const FourSizes& bias_strides,
     std::optional<DType> bias_dtype, Address key_padding_mask, Address cu_seqlens_q,
-    Address cu_seqlens_k, Address key_lengths, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
-    int64_t total_q, int64_t total_k, int64_t heads, int64_t key_heads, int64_t head_dim,
-    DType dtype, int causal, int64_t window_left, int64_t window_right, float softcap, float scale,
-    uint32_t dropout_threshold, float dropout_scale, Address dropout_seed,
-    int64_t sequence_offset) {
+    Address cu_seqlens_k, Address key_lengths, Address order, int64_t batch, int64_t seqlen_q,
+    int64_t seqlen_k, int64_t total_q, int64_t total_k, int64_t heads, int64_t key_heads,
+    int64_t head_dim, DType dtype, int causal, int64_t window_left, int64_t window_right,
+    float softcap, float scale, uint32_t dropout_threshold, float dropout_scale,
+    Address dropout_seed, int64_t sequence_offset) {
   check(seqlen_q >= 0 && seqlen_q < kNoWindow && seqlen_k >= 0 && seqlen_k < kNoWindow,
         "sequences have at most 2^30 - 1 rows");
   check(!bias_dtype || *bias_dtype == DType::kFloat32 || *bias_dtype == dtype,
         "bias_dtype must be None (bool), FLOAT32 or dtype");
+  check(cu_seqlens_q == 0 || batch == 0 || order != 0, "varlen needs order, its scratch");
   const auto window = [](int64_t side) {
     return side < 0 || side >= kNoWindow ? kNoWindow : static_cast<int>(side);
   };
@@ -167,6 +168,7 @@ AttentionKernelArguments cuda_attention_arguments(
   a.cu_seqlens_q = at<const int32_t>(cu_seqlens_q);
   a.cu_seqlens_k = at<const int32_t>(cu_seqlens_k);
   a.key_lengths = at<const int32_t>(key_lengths);
+  a.order = at<int32_t>(order);
   a.key_padding_mask = at<const uint8_t>(key_padding_mask);
   a.bias_kind = bias == 0                        ? DeviceBias::kNone
                 : !bias_dtype                    ? DeviceBias::kMask
@@ -203,16 +205,17 @@ void cuda_attention_fwd(Address q, Address k, Address v, Address out, Address ls
                         Strides out_strides, FourSizes bias_sizes, FourSizes bias_strides,
                         std::optional<DType> bias_dtype, Address key_padding_mask,
                         Address cu_seqlens_q, Address cu_seqlens_k, Address key_lengths,
-                        int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t total_q,
-                        int64_t total_k, int64_t heads, int64_t key_heads, int64_t head_dim,
-                        DType dtype, int causal, int64_t window_left, int64_t window_right,
-                        float softcap, float scale, uint32_t dropout_threshold, float dropout_scale,
-                        Address dropout_seed, int64_t sequence_offset, int device, Address stream) {
+                        Address order, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
+                        int64_t total_q, int64_t total_k, int64_t heads, int64_t key_heads,
+                        int64_t head_dim, DType dtype, int causal, int64_t window_left,
+                        int64_t window_right, float softcap, float scale,
+                        uint32_t dropout_threshold, float dropout_scale, Address dropout_seed,
+                        int64_t sequence_offset, int device, Address stream) {
   const AttentionKernelArguments a = cuda_attention_arguments(
       q, k, v, out, lse, bias, q_strides, k_strides, v_strides, out_strides, bias_sizes,
-      bias_strides, bias_dtype, key_padding_mask, cu_seqlens_q, cu_seqlens_k, key_lengths, batch,
-      seqlen_q, seqlen_k, total_q, total_k, heads, key_heads, head_dim, dtype, causal, window_left,
-      window_right, softcap, scale, dropout_threshold, dropout_scale, dropout_seed,
+      bias_strides, bias_dtype, key_padding_mask, cu_seqlens_q, cu_seqlens_k, key_lengths, order,
+      batch, seqlen_q, seqlen_k, total_q, total_k, heads, key_heads, head_dim, dtype, causal,
+      window_left, window_right, softcap, scale, dropout_threshold, dropout_scale, dropout_seed,
       sequence_offset);
   cuda::attention_fwd(a, dtype, device, at(stream));
 }
@@ -224,16 +227,17 @@ void cuda_attention_bwd(Address dout, Address q, Address k, Address v, Address o
                         FourSizes bias_sizes, FourSizes bias_strides,
                         std::optional<DType> bias_dtype, Address key_padding_mask,
                         Address cu_seqlens_q, Address cu_seqlens_k, Address key_lengths,
-                        int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t total_q,
-                        int64_t total_k, int64_t heads, int64_t key_heads, int64_t head_dim,
-                        DType dtype, int causal, int64_t window_left, int64_t window_right,
-                        float softcap, float scale, uint32_t dropout_threshold, float dropout_scale,
-                        Address dropout_seed, int64_t sequence_offset, int device, Address stream) {
+                        Address order, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
+                        int64_t total_q, int64_t total_k, int64_t heads, int64_t key_heads,
+                        int64_t head_dim, DType dtype, int causal, int64_t window_left,
+                        int64_t window_right, float softcap, float scale,
+                        uint32_t dropout_threshold, float dropout_scale, Address dropout_seed,
+                        int64_t sequence_offset, int device, Address stream) {
   AttentionKernelArguments a = cuda_attention_arguments(
       q, k, v, out, lse, bias, q_strides, k_strides, v_strides, out_strides, bias_sizes,
-      bias_strides, bias_dtype, key_padding_mask, cu_seqlens_q, cu_seqlens_k, key_lengths, batch,
-      seqlen_q, seqlen_k, total_q, total_k, heads, key_heads, head_dim, dtype, causal, window_left,
-      window_right, softcap, scale, dropout_threshold, dropout_scale, dropout_seed,
+      bias_strides, bias_dtype, key_padding_mask, cu_seqlens_q, cu_seqlens_k, key_lengths, order,
+      batch, seqlen_q, seqlen_k, total_q, total_k, heads, key_heads, head_dim, dtype, causal,
+      window_left, window_right, softcap, scale, dropout_threshold, dropout_scale, dropout_seed,
       sequence_offset);
   check(bias_dtype || dbias == 0, "a bool bias has no gradient");
   const bool varlen = cu_seqlens_q != 0;
@@ -301,22 +305,23 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_attention_fwd", &cuda_attention_fwd, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "bias"_a,
         "q_strides"_a, "k_strides"_a, "v_strides"_a, "out_strides"_a, "bias_sizes"_a,
         "bias_strides"_a, "bias_dtype"_a, "key_padding_mask"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a,
-        "key_lengths"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "total_q"_a, "total_k"_a, "heads"_a,
-        "key_heads"_a, "head_dim"_a, "dtype"_a, "causal"_a, "window_left"_a, "window_right"_a,
-        "softcap"_a, "scale"_a, "dropout_threshold"_a, "dropout_scale"_a, "dropout_seed"_a,
-        "sequence_offset"_a, "device"_a, "stream"_a, ReleaseGil(),
+        "key_lengths"_a, "order"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "total_q"_a, "total_k"_a,
+        "heads"_a, "key_heads"_a, "head_dim"_a, "dtype"_a, "causal"_a, "window_left"_a,
+        "window_right"_a, "softcap"_a, "scale"_a, "dropout_threshold"_a, "dropout_scale"_a,
+        "dropout_seed"_a, "sequence_offset"_a, "device"_a, "stream"_a, ReleaseGil(),
         "As cpu_attention_fwd in fp16 and bf16, head dims that are multiples of 8 up to 128, rows "
         "on 16 bytes. In varlen seqlen_q and seqlen_k are the longest sequences', total_q and "
-        "total_k the rows.");
+        "total_k the rows, and order is scratch, int32 [batch].");
   m.def("cuda_attention_bwd", &cuda_attention_bwd, "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a,
         "dlse"_a, "delta"_a, "bias"_a, "dq"_a, "dk"_a, "dv"_a, "dbias"_a, "dout_strides"_a,
         "q_strides"_a, "k_strides"_a, "v_strides"_a, "out_strides"_a, "bias_sizes"_a,
         "bias_strides"_a, "bias_dtype"_a, "key_padding_mask"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a,
-        "key_lengths"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "total_q"_a, "total_k"_a, "heads"_a,
-        "key_heads"_a, "head_dim"_a, "dtype"_a, "causal"_a, "window_left"_a, "window_right"_a,
-        "softcap"_a, "scale"_a, "dropout_threshold"_a, "dropout_scale"_a, "dropout_seed"_a,
-        "sequence_offset"_a, "device"_a, "stream"_a, ReleaseGil(),
-        "As cpu_attention_bwd; delta is scratch of lse's shape. Deterministic.");
+        "key_lengths"_a, "order"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "total_q"_a, "total_k"_a,
+        "heads"_a, "key_heads"_a, "head_dim"_a, "dtype"_a, "causal"_a, "window_left"_a,
+        "window_right"_a, "softcap"_a, "scale"_a, "dropout_threshold"_a, "dropout_scale"_a,
+        "dropout_seed"_a, "sequence_offset"_a, "device"_a, "stream"_a, ReleaseGil(),
+        "As cpu_attention_bwd; delta is scratch of lse's shape, order in varlen int32 [2, batch]. "
+        "Deterministic.");
 }
 
 }  // namespace bertkern

@@ -81,7 +81,8 @@ class Kernel(NamedTuple):
 
     @property
     def is_hopper(self):
-        return self.code.name.room == "sm90"
+        """Whether its warps have roles, and its products are wgmma's."""
+        return self.is_attention and self.code.name.room == "sm90"
 
     @property
     def computing(self):

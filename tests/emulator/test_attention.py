@@ -56,3 +56,25 @@ def test_every_order_gives_the_same_bits(case, dtype, capability):
     for result in results:
         assert not any(t.isnan().any() for t in result)
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("capability", [80, 90], ids=["sm80", "sm90"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=["dropout", "general"])
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_one_key_of_several_tiles_gives_no_gradient(dim, options, capability):
+    """p is 1, so ds is 0; from delta summed over the rounded out it was that rounding, 1e-3."""
+    queries, keys = 130, 200  # blocks of 128 queries see keys of two tiles
+    q, dout = torch.randn(2, 1, queries, 1, dim, dtype=torch.float16)
+    k, v = torch.randn(2, 1, keys, 1, dim, dtype=torch.float16)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    emulator = emulated.emulated(0, capability=capability)
+    with emulator, bertkern.backend("cuda"):
+        out = bertkern.attention(
+            *leaves, window=(0, 0), dropout_p=0.3, dropout_seed=torch.tensor([5]), **options
+        )
+        dq, dk, dv = torch.autograd.grad(out, leaves, dout)
+    seen = v[:, keys - queries :]
+    assert torch.equal((out != 0).any(-1), (dv[:, keys - queries :] != 0).any(-1))
+    assert torch.allclose(out, torch.where(out != 0, seen / 0.7, 0), rtol=2e-3)
+    assert dq.abs().max() < 2e-5
+    assert dk.abs().max() < 2e-5

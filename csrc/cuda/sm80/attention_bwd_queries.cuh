@@ -16,27 +16,6 @@ constexpr int attention_bwd_queries_shared_bytes() {
   return 2 * Tile::kRowsBytes + 2 * Tile::kStages * Tile::kColumnsBytes;
 }
 
-// delta of the rows that a thread's fragments hold, one of 16 rows apart: [g, g + 8]. The four
-// lanes of a row sum a quarter of it each. dout is read from its tile, out from memory.
-template <typename T, int kHeadDim>
-BERTKERN_DEVICE float row_of_delta(const char* dout_tile, int row, const T* out, int head_dim) {
-  const int t = lane_index() % 4;
-  float sum = 0.0f;
-#pragma unroll
-  for (int chunk = t; chunk < kHeadDim / 8; chunk += 4) {
-    if (chunk * 8 >= head_dim) continue;
-    union {
-      ptx::Words4 words;
-      T element[8];
-    } o, d;
-    o.words = ptx::load_global_16(out + chunk * 8);
-    d.words = *reinterpret_cast<const ptx::Words4*>(dout_tile + chunk_offset<kHeadDim>(row, chunk));
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum += ptx::to_float(o.element[i]) * ptx::to_float(d.element[i]);
-  }
-  return sum_of_row(sum);
-}
-
 template <typename T, typename Tile, AttentionVariant kVariant>
 BERTKERN_KERNEL(Tile::kThreads)
 attention_bwd_queries_kernel(const AttentionKernelArguments a) {
@@ -61,7 +40,6 @@ attention_bwd_queries_kernel(const AttentionKernelArguments a) {
   char* k_tiles = dout_tile + Tile::kRowsBytes;
   char* v_tiles = k_tiles + Tile::kStages * Tile::kColumnsBytes;
   const T* q = head_rows<const T>(a.q, index, s.first_q, head);
-  const T* out = head_rows<const T>(a.out, index, s.first_q, head);
   const T* dout = head_rows<const T>(a.dout, index, s.first_q, head);
   const T* k = head_rows<const T>(a.k, index, s.first_k, key_head);
   const T* v = head_rows<const T>(a.v, index, s.first_k, key_head);
@@ -91,21 +69,24 @@ attention_bwd_queries_kernel(const AttentionKernelArguments a) {
   ptx::block_barrier();
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
+    if (has_dropout<kVariant>(a)) {
+      rows[r].keys = dropout_row(dropout_stream_of(a, index, head),
+                                 static_cast<uint32_t>(first_q + row + 16 * r + g));
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int tile_row = row + 16 * r + g + 8 * half, i = first_q + tile_row;
       const int inside = i < s.len_q ? i : s.len_q - 1;  // all lanes take part in the sum
       float delta = 0.0f;
       if (!all_keys) {
-        delta =
-            row_of_delta<T, kHeadDim>(dout_tile, tile_row, out + inside * a.out.token, a.head_dim);
+        delta = delta_of_row<T, kHeadDim, kVariant>(a, own, inside, rows[r].keys, [&](int chunk) {
+          const ptx::Words4 words = *reinterpret_cast<const ptx::Words4*>(
+              dout_tile + chunk_offset<kHeadDim>(tile_row, chunk));
+          return words;
+        });
       }
       if (a.dlse != nullptr) delta -= a.dlse[at_lse + inside];
       rows[r].set(half, i < s.len_q, a.lse[at_lse + inside], delta, kGeneral ? 1.0f : kLog2e);
-    }
-    if (has_dropout<kVariant>(a)) {
-      rows[r].keys = dropout_row(dropout_stream_of(a, index, head),
-                                 static_cast<uint32_t>(first_q + row + 16 * r + g));
     }
   }
   const ScoreOptions options = kGeneral ? score_options<T>(a, index, head) : ScoreOptions{};

@@ -9,26 +9,9 @@
 // through shared memory.
 #pragma once
 
-#include "cuda/attention_gradient.cuh"
-#include "cuda/sm90/pipeline.cuh"
-#include "ptx/registers.cuh"
+#include "cuda/sm90/attention_bwd.cuh"
 
 namespace bertkern::sm90 {
-
-struct AttentionBwdArguments {
-  TensorMap q, k, v, dout;  // with the boxes of the kernel's tiles
-  AttentionKernelArguments a;
-};
-
-constexpr int kConsumersBarrier = 1;  // of all warps that compute
-
-// What the warps of a block tell each other.
-template <typename Tile>
-struct BwdKeysSignals {
-  ptx::Barrier own_full;  // k and v
-  ptx::Barrier full[Tile::kStages], empty[Tile::kStages];
-  ptx::Barrier landed;  // what has come, but is to be cleared before it is full
-};
 
 // The block's shared memory. Tiles start on multiples of 1024, as the swizzle asks for.
 template <typename Tile, bool kShort>
@@ -43,14 +26,14 @@ struct BwdKeysMemory {
   static constexpr int kSums =
       kFacts + Tile::kStages * static_cast<int>(sizeof(QueryFacts<kQueries>));
   static constexpr int kSignals = kSums + (kShort ? kWarps * kQueries * 4 : 0);
-  static constexpr int kBytes = kSignals + static_cast<int>(sizeof(BwdKeysSignals<Tile>));
+  static constexpr int kBytes = kSignals + static_cast<int>(sizeof(AttentionBwdSignals<Tile>));
   static_assert(kBytes <= kHopperSharedLimit, "more shared memory than a block can have");
 
   char *k, *v, *q, *dout;
   char *ds, *dq;                // short
   QueryFacts<kQueries>* facts;  // by stage
   float* sums;                  // short: [warp][query]
-  BwdKeysSignals<Tile>* signals;
+  AttentionBwdSignals<Tile>* signals;
 
   BERTKERN_DEVICE static BwdKeysMemory get() {
     char* start = ptx::shared_memory();
@@ -62,7 +45,7 @@ struct BwdKeysMemory {
             start + kDq,
             reinterpret_cast<QueryFacts<kQueries>*>(start + kFacts),
             reinterpret_cast<float*>(start + kSums),
-            reinterpret_cast<BwdKeysSignals<Tile>*>(start + kSignals)};
+            reinterpret_cast<AttentionBwdSignals<Tile>*>(start + kSignals)};
   }
 };
 
@@ -108,15 +91,13 @@ BERTKERN_DEVICE void produce_queries(const AttentionBwdArguments& arguments, con
   constexpr int kQueries = Tile::kColumns;
   const AttentionKernelArguments& a = arguments.a;
   const Sequence& s = own.s;
-  BwdKeysSignals<Tile>& signals = *memory.signals;
+  AttentionBwdSignals<Tile>& signals = *memory.signals;
   const int batch = a.cu_seqlens_q != nullptr ? 0 : own.index;
   const ptx::CachePolicy once = ptx::cache_briefly(), again = ptx::cache_normally();
   int landed = 0;  // parity
 
-  // dq sums over all keys. Where the tensor ends zeros come by themselves.
-  const bool clear_keys =
-      kShort && (own.kept != nullptr || (own.first_k + Tile::kRows > s.len_k &&
-                                         (a.cu_seqlens_k != nullptr || a.key_lengths != nullptr)));
+  // dq sums over all keys.
+  const bool clear_keys = kShort && has_foreign_keys(a, s.len_k, own.first_k + Tile::kRows);
   if (ptx::elect_one()) {
     ptx::Barrier* full = clear_keys ? &signals.landed : &signals.own_full;
     const int first = static_cast<int>(s.first_k) + own.first_k;
@@ -127,10 +108,7 @@ BERTKERN_DEVICE void produce_queries(const AttentionBwdArguments& arguments, con
   if (clear_keys) {
     ptx::barrier_wait(&signals.landed, landed);
     landed ^= 1;
-    clear_rows<Tile, Tile::kRows>(memory.k, [&](int row) {
-      const int j = own.first_k + row;
-      return j >= s.len_k || (own.kept != nullptr && own.kept[j] == 0);
-    });
+    clear_foreign_keys<Tile, Tile::kRows>(memory.k, own.kept, s.len_k, own.first_k);
     arrive_as_warp(&signals.own_full);
   }
 
@@ -258,7 +236,7 @@ BERTKERN_DEVICE void consume_queries(const AttentionKernelArguments& a, const Ke
   // back as soon as they can.
   constexpr bool kTight = kQueries > 64 || Tile::kHeadDim > 96 || (kGeneral && Tile::kHeadDim > 64);
   const Sequence& s = own.s;
-  BwdKeysSignals<Tile>& signals = *memory.signals;
+  AttentionBwdSignals<Tile>& signals = *memory.signals;
   const int warp = of_warp(warp_index()), group = warp / 4, row = warp * 16;  // first key
   MatrixDescriptor k = describe_rows<Tile>(memory.k + group * 64 * Tile::kSpanBytes);
   MatrixDescriptor v = describe_rows<Tile>(memory.v + group * 64 * Tile::kSpanBytes);
@@ -374,7 +352,7 @@ attention_bwd_keys_kernel(BERTKERN_GRID_CONSTANT AttentionBwdArguments arguments
   const AttentionKernelArguments& a = arguments.a;
   const int block = kShort ? 0 : ptx::block_index() % a.blocks;
   const int pair = kShort ? ptx::block_index() : ptx::block_index() / a.blocks;
-  const int key_head = pair % a.key_heads, index = pair / a.key_heads;
+  const int key_head = pair % a.key_heads, index = sequence_in_turn(a, pair / a.key_heads);
   const Sequence s = sequence_of(a, index);
   const auto zero_keys = [&](int64_t first, int64_t end) {
     zero_rows<T, Tile::kThreads>(head_rows<T>(a.dk, index, s.first_k, key_head), a.dk.token, first,
@@ -400,17 +378,7 @@ attention_bwd_keys_kernel(BERTKERN_GRID_CONSTANT AttentionBwdArguments arguments
   if (!kShort && block * Tile::kRows >= s.len_k) return;
 
   const auto memory = BwdKeysMemory<Tile, kShort>::get();
-  BwdKeysSignals<Tile>& signals = *memory.signals;
-  if (ptx::thread_index() == 0) {
-    ptx::barrier_init(&signals.own_full, 1);
-    ptx::barrier_init(&signals.landed, 1);
-    for (int i = 0; i < Tile::kStages; ++i) {
-      ptx::barrier_init(&signals.full[i], 1);
-      ptx::barrier_init(&signals.empty[i], 4 * Tile::kWarpgroups);
-    }
-    ptx::barrier_init_fence();
-  }
-  ptx::block_barrier();
+  memory.signals->begin();
   const KeyTile own = key_tile<Tile>(a, sequence_of(a, index), index, key_head, block, kShort,
                                      kVariant == AttentionVariant::kGeneral);
   const int warp = warp_index() - 4 * Tile::kWarpgroups;

@@ -6,20 +6,9 @@
 // in registers.
 #pragma once
 
-#include "cuda/attention_gradient.cuh"
-#include "cuda/sm90/attention_bwd_keys.cuh"
-#include "cuda/sm90/pipeline.cuh"
-#include "ptx/registers.cuh"
+#include "cuda/sm90/attention_bwd.cuh"
 
 namespace bertkern::sm90 {
-
-// What the warps of a block tell each other.
-template <typename Tile>
-struct BwdQueriesSignals {
-  ptx::Barrier own_full;  // q and dout
-  ptx::Barrier full[Tile::kStages], empty[Tile::kStages];
-  ptx::Barrier landed;  // what has come, but is to be cleared before it is full
-};
 
 // The block's shared memory. Tiles start on multiples of 1024, as the swizzle asks for.
 template <typename Tile>
@@ -28,16 +17,16 @@ struct BwdQueriesMemory {
   static constexpr int kK = kDout + Tile::kRowsBytes;
   static constexpr int kV = kK + Tile::kStages * Tile::kColumnsBytes;
   static constexpr int kSignals = kV + Tile::kStages * Tile::kColumnsBytes;
-  static constexpr int kBytes = kSignals + static_cast<int>(sizeof(BwdQueriesSignals<Tile>));
+  static constexpr int kBytes = kSignals + static_cast<int>(sizeof(AttentionBwdSignals<Tile>));
   static_assert(kBytes <= kHopperSharedLimit, "more shared memory than a block can have");
 
   char *q, *dout, *k, *v;
-  BwdQueriesSignals<Tile>* signals;
+  AttentionBwdSignals<Tile>* signals;
 
   BERTKERN_DEVICE static BwdQueriesMemory get() {
     char* start = ptx::shared_memory();
     return {start, start + kDout, start + kK, start + kV,
-            reinterpret_cast<BwdQueriesSignals<Tile>*>(start + kSignals)};
+            reinterpret_cast<AttentionBwdSignals<Tile>*>(start + kSignals)};
   }
 };
 
@@ -47,7 +36,7 @@ BERTKERN_DEVICE void produce_keys(const AttentionBwdArguments& arguments, const 
   constexpr int kKeys = Tile::kColumns;
   const AttentionKernelArguments& a = arguments.a;
   const Sequence& s = own.s;
-  BwdQueriesSignals<Tile>& signals = *memory.signals;
+  AttentionBwdSignals<Tile>& signals = *memory.signals;
   const int batch = a.cu_seqlens_q != nullptr ? 0 : own.index;
   const int key_head = key_head_of(a, own.head);
   const uint8_t* kept = kept_keys(a, own.index);
@@ -66,9 +55,8 @@ BERTKERN_DEVICE void produce_keys(const AttentionBwdArguments& arguments, const 
     const int first_k = tile * kKeys;
     char* k = memory.k + stage.index * Tile::kColumnsBytes;
     char* v = memory.v + stage.index * Tile::kColumnsBytes;
-    // dq sums over all keys of a tile. Where the tensor ends zeros come by themselves.
-    const bool clear = kept != nullptr || (first_k + kKeys > s.len_k &&
-                                           (a.cu_seqlens_k != nullptr || a.key_lengths != nullptr));
+    // dq sums over all keys of a tile.
+    const bool clear = has_foreign_keys(a, s.len_k, first_k + kKeys);
     ptx::barrier_wait(&signals.empty[stage.index], stage.parity ^ 1);
     if (ptx::elect_one()) {
       ptx::Barrier* counts = clear ? &signals.landed : &signals.full[stage.index];
@@ -80,32 +68,9 @@ BERTKERN_DEVICE void produce_keys(const AttentionBwdArguments& arguments, const 
     if (!clear) continue;
     ptx::barrier_wait(&signals.landed, landed);
     landed ^= 1;
-    clear_rows<Tile, kKeys>(k, [&](int row) {
-      const int j = first_k + row;
-      return j >= s.len_k || (kept != nullptr && kept[j] == 0);
-    });
+    clear_foreign_keys<Tile, kKeys>(k, kept, s.len_k, first_k);
     arrive_as_warp(&signals.full[stage.index]);
   }
-}
-
-// The four lanes of a row sum a quarter of dout · out each.
-template <typename T, int kHeadDim>
-BERTKERN_DEVICE float row_of_delta(const T* dout, const T* out, int head_dim) {
-  const int t = lane_index() % 4;
-  float sum = 0.0f;
-#pragma unroll
-  for (int chunk = t; chunk < kHeadDim / 8; chunk += 4) {
-    if (chunk * 8 >= head_dim) continue;
-    union {
-      ptx::Words4 words;
-      T element[8];
-    } o, d;
-    o.words = ptx::load_global_16(out + chunk * 8);
-    d.words = ptx::load_global_16(dout + chunk * 8);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum += ptx::to_float(o.element[i]) * ptx::to_float(d.element[i]);
-  }
-  return sum_of_row(sum);
 }
 
 template <typename T, typename Tile, AttentionVariant kVariant>
@@ -115,29 +80,30 @@ BERTKERN_DEVICE void consume_keys(const AttentionKernelArguments& a, const Query
   constexpr int kKeys = Tile::kColumns, kTiles = kKeys / 8, kHeadTiles = Tile::kHeadDim / 8;
   const Sequence& s = own.s;
   const int index = own.index, head = own.head;
-  BwdQueriesSignals<Tile>& signals = *memory.signals;
+  AttentionBwdSignals<Tile>& signals = *memory.signals;
   const uint8_t* kept = kept_keys(a, index);
   const int warp = of_warp(warp_index()), group = warp / 4, first_row = own.first_q + warp * 16;
   const int g = lane_index() / 4, t = lane_index() % 4;
   const bool all_keys = own.end_tile - own.first_tile == 1;
   const int64_t at_lse = lse_offset(a, index, s.first_q, head);
   QueryRows rows;
+  if (has_dropout<kVariant>(a)) {
+    rows.keys =
+        dropout_row(dropout_stream_of(a, index, head), static_cast<uint32_t>(first_row + g));
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int i = first_row + g + 8 * half;
     const int inside = i < s.len_q ? i : s.len_q - 1;  // all lanes take part in the sum
     float delta = 0.0f;
     if (!all_keys) {
-      delta = row_of_delta<T, Tile::kHeadDim>(
-          head_rows<const T>(a.dout, index, s.first_q, head) + inside * a.dout.token,
-          head_rows<const T>(a.out, index, s.first_q, head) + inside * a.out.token, a.head_dim);
+      const T* row = head_rows<const T>(a.dout, index, s.first_q, head) + inside * a.dout.token;
+      delta = delta_of_row<T, Tile::kHeadDim, kVariant>(a, own, inside, rows.keys, [&](int chunk) {
+        return ptx::load_global_16(row + chunk * 8);
+      });
     }
     if (a.dlse != nullptr) delta -= a.dlse[at_lse + inside];
     rows.set(half, i < s.len_q, a.lse[at_lse + inside], delta, kGeneral ? 1.0f : kLog2e);
-  }
-  if (has_dropout<kVariant>(a)) {
-    rows.keys =
-        dropout_row(dropout_stream_of(a, index, head), static_cast<uint32_t>(first_row + g));
   }
   const ScoreOptions options = kGeneral ? score_options<T>(a, index, head) : ScoreOptions{};
   const MatrixDescriptor q = describe_rows<Tile>(memory.q + group * 64 * Tile::kSpanBytes);
@@ -193,8 +159,8 @@ attention_bwd_queries_kernel(BERTKERN_GRID_CONSTANT AttentionBwdArguments argume
   // The longest rows of a causal matrix come first, so that the last blocks to start are short
   // ones.
   const int block = ptx::block_index(), pair = block / a.blocks;
-  const QueryTile own = query_tile<Tile::kRows, Tile::kColumns>(a, pair / a.heads, pair % a.heads,
-                                                                a.blocks - 1 - block % a.blocks);
+  const QueryTile own = query_tile<Tile::kRows, Tile::kColumns>(
+      a, sequence_in_turn(a, pair / a.heads), pair % a.heads, a.blocks - 1 - block % a.blocks);
   const Sequence& s = own.s;
   if (own.index == a.batch) {  // rows behind the last sequence of a varlen batch
     zero_rows<T, Tile::kThreads>(head_rows<T>(a.dq, 0, s.first_q, own.head), a.dq.token, 0, s.len_q,
@@ -204,17 +170,7 @@ attention_bwd_queries_kernel(BERTKERN_GRID_CONSTANT AttentionBwdArguments argume
   if (own.first_q >= own.end_q || s.len_k < a.least_keys) return;
 
   const auto memory = BwdQueriesMemory<Tile>::get();
-  BwdQueriesSignals<Tile>& signals = *memory.signals;
-  if (ptx::thread_index() == 0) {
-    ptx::barrier_init(&signals.own_full, 1);
-    ptx::barrier_init(&signals.landed, 1);
-    for (int i = 0; i < Tile::kStages; ++i) {
-      ptx::barrier_init(&signals.full[i], 1);
-      ptx::barrier_init(&signals.empty[i], 4 * Tile::kWarpgroups);
-    }
-    ptx::barrier_init_fence();
-  }
-  ptx::block_barrier();
+  memory.signals->begin();
   const int warp = warp_index() - 4 * Tile::kWarpgroups;
   if (warp < 0) {
     ptx::raise_registers<Tile::kConsumerRegisters>();

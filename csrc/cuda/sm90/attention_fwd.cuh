@@ -65,13 +65,6 @@ struct AttentionFwdMemory {
   }
 };
 
-// Whether rows of a tile of v are not the sequence's to see, and would not come as zeros from
-// outside the tensor.
-BERTKERN_DEVICE bool must_clean(const AttentionKernelArguments& a, int end_k, int len_k) {
-  return a.key_padding_mask != nullptr ||
-         (end_k > len_k && (a.cu_seqlens_k != nullptr || a.key_lengths != nullptr));
-}
-
 template <typename Tile>
 BERTKERN_DEVICE void produce(const AttentionFwdArguments& arguments,
                              const AttentionFwdMemory<Tile>& memory) {
@@ -118,7 +111,7 @@ BERTKERN_DEVICE void produce(const AttentionFwdArguments& arguments,
       }
       ptx::barrier_wait(&signals.v_empty[stage.index], stage.parity ^ 1);
       if (ptx::elect_one()) {
-        ptx::Barrier* full = must_clean(a, first_k + Tile::kColumns, queries.s.len_k)
+        ptx::Barrier* full = has_foreign_keys(a, queries.s.len_k, first_k + Tile::kColumns)
                                  ? &signals.v_landed[stage.index]
                                  : &signals.v_full[stage.index];
         ptx::barrier_arrive_expect_bytes(full, Tile::kColumnsBytes);
@@ -152,13 +145,11 @@ BERTKERN_DEVICE void clean(const AttentionKernelArguments& a,
     const int len_k = queries.s.len_k;
     for (int tile = queries.first_tile; tile < queries.end_tile; ++tile, stage.advance()) {
       const int first_k = tile * Tile::kColumns;
-      if (!must_clean(a, first_k + Tile::kColumns, len_k)) continue;
+      if (!has_foreign_keys(a, len_k, first_k + Tile::kColumns)) continue;
       ptx::barrier_wait(&signals.v_landed[stage.index], (parities >> stage.index) & 1);
       parities ^= 1u << stage.index;
-      clear_rows<Tile, Tile::kColumns>(memory.v + stage.index * Tile::kColumnsBytes, [&](int row) {
-        const int j = first_k + row;
-        return j >= len_k || (kept != nullptr && kept[j] == 0);
-      });
+      clear_foreign_keys<Tile, Tile::kColumns>(memory.v + stage.index * Tile::kColumnsBytes, kept,
+                                               len_k, first_k);
       arrive_as_warp(&signals.v_full[stage.index]);
     }
   }

@@ -3,6 +3,7 @@
 //
 // The tiles of a call are numbered. In round r block b takes number r · G + b, of G blocks, or in
 // odd rounds r · G + G - 1 - b: where numbers fall in cost, every block then gets about the same.
+// They do where the sequences of a varlen batch are numbered longest first (sequence_order.cuh).
 // No counter in memory is needed, and what a block does depends on the call alone.
 #pragma once
 
@@ -49,8 +50,8 @@ class QueryTiles {
     return true;
   }
 
-  // Lane n of the warp holds how many tiles there are up to and with sequence first_ + n. The rows
-  // behind the last sequence are one more, which has no keys.
+  // Lane n of the warp holds how many tiles there are up to and with the sequence whose turn is
+  // first_ + n. The rows behind the last sequence are one more, which has no keys.
   BERTKERN_DEVICE bool varlen(int number, QueryTile& tile) {
     for (;;) {
       const int end = static_cast<int>(ptx::shuffle_index(up_to_, ptx::kWarpThreads - 1));
@@ -65,7 +66,7 @@ class QueryTiles {
       const int end = static_cast<int>(ptx::shuffle_index(up_to_, place + step - 1));
       if (end <= number) place += step;
     }
-    const int index = first_ + place, own = tiles_of(index);
+    const int index = sequence_in_turn(a_, first_ + place), own = tiles_of(index);
     const int at = number - static_cast<int>(ptx::shuffle_index(up_to_, place)) + own * a_.heads;
     const int head = pairs_ > 1 ? at % a_.heads : at / own;
     const int turn = pairs_ > 1 ? at / a_.heads : at % own;
@@ -83,7 +84,7 @@ class QueryTiles {
 
   BERTKERN_DEVICE void count_group(int before) {
     const int lane = lane_index();
-    uint32_t sum = static_cast<uint32_t>(tiles_of(first_ + lane) * a_.heads);
+    uint32_t sum = static_cast<uint32_t>(tiles_of(sequence_in_turn(a_, first_ + lane)) * a_.heads);
 #pragma unroll 1  // else the lanes of all steps are kept in registers all the while
     for (int step = 1; step < ptx::kWarpThreads; step *= 2) {
       const uint32_t other = ptx::shuffle_index(sum, lane < step ? lane : lane - step);

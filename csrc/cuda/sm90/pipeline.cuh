@@ -48,4 +48,20 @@ BERTKERN_DEVICE void clear_rows(char* tile, Clears clears) {
   ptx::fence_async_shared();
 }
 
+// Whether a tile that ends before key `end_k` holds foreign keys: padding, or what lies behind the
+// sequence's own len_k, where the tensor goes on. Where it ends zeros come by themselves.
+BERTKERN_DEVICE bool has_foreign_keys(const AttentionKernelArguments& a, int len_k, int end_k) {
+  return a.key_padding_mask != nullptr ||
+         (end_k > len_k && (a.cu_seqlens_k != nullptr || a.key_lengths != nullptr));
+}
+
+// Zeros in the rows of these, of a tile that begins with key `first_k`.
+template <typename Tile, int kRows>
+BERTKERN_DEVICE void clear_foreign_keys(char* tile, const uint8_t* kept, int len_k, int first_k) {
+  clear_rows<Tile, kRows>(tile, [&](int row) {
+    const int j = first_k + row;
+    return j >= len_k || (kept != nullptr && kept[j] == 0);
+  });
+}
+
 }  // namespace bertkern::sm90

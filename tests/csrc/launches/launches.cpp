@@ -44,6 +44,13 @@ void attention(DType dtype, int head_dim, AttentionVariant variant) {
   a.key_lengths = reinterpret_cast<const int32_t*>(something);
   attention_fwd(a, dtype, 0, nullptr);
   attention_bwd(a, dtype, 0, nullptr);
+  // Varlen, whose sequences are put in order first.
+  a.batch = 2;
+  a.total_q = a.total_k = a.seqlen_q;
+  a.key_lengths = nullptr;
+  a.cu_seqlens_q = a.cu_seqlens_k = reinterpret_cast<const int32_t*>(something);
+  a.order = reinterpret_cast<int32_t*>(something);
+  attention_fwd(a, dtype, 0, nullptr);
 }
 
 void layer_norm(DType dtype, int cols) {

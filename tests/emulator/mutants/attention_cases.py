@@ -5,11 +5,13 @@ others walk over tiles of 32 and 16."""
 import math
 from collections.abc import Callable
 from itertools import product
+from unittest import mock
 
 import torch
 from fuzz.softmax import Options, one_sequence
 
 import bertkern
+from bertkern.ops import _cuda_attention
 from bertkern.reference.dropout import random_bits
 
 from .cases import HALF, Case, Dice, Tensors
@@ -321,6 +323,38 @@ class ManyKeys:
         assert torch.allclose(out.double(), self.expected, atol=2e-3), "out"
 
 
+class LongestFirst:
+    """On Hopper the sequences of a varlen batch are put in order, more of them than a block has
+    threads; each is taken once."""
+
+    name = "longest first"
+
+    def prepare(self) -> None:
+        dice = Dice(34)
+        lengths = (torch.arange(129) * 7 + 1) % 4
+        self.cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+        self.order = lengths.argsort(descending=True, stable=True).int()
+        self.q, self.k, self.v = (dice.rows(int(lengths.sum()), 1, 8) for _ in range(3))
+        self.expected = torch.zeros(self.q.shape, dtype=torch.float64)
+        for first, end in zip(self.cu[:-1].tolist(), self.cu[1:].tolist(), strict=True):
+            q, k, v = (t[first:end, 0].double() for t in (self.q, self.k, self.v))
+            self.expected[first:end, 0] = ((q @ k.mT) / 8**0.5).softmax(-1) @ v
+
+    def check(self) -> None:
+        made: list[torch.Tensor] = []
+        make = _cuda_attention._order
+
+        def keep(*arguments):
+            made.append(make(*arguments))
+            return made[-1]
+
+        with torch.no_grad(), mock.patch.object(_cuda_attention, "_order", keep):
+            out = bertkern.attention_varlen(self.q, self.k, self.v, self.cu, self.cu, 3, 3)
+        assert torch.allclose(out.double(), self.expected, atol=2e-3), "out"
+        if (made[0] != -1).any():  # as memory is before: no kernel wants an order
+            assert torch.equal(made[0], self.order), "order"
+
+
 class InfiniteKey:
     """Scores of -Inf; behind the last query of the tile rows of zeros, which must not meet it."""
 
@@ -341,7 +375,9 @@ class InfiniteKey:
 
 
 # The first ones are those that find most.
-CASES: tuple[Callable[[], Case | InfiniteKey | NanInside | NanInGradient | ManyKeys], ...] = (
+CASES: tuple[
+    Callable[[], Case | InfiniteKey | LongestFirst | NanInside | NanInGradient | ManyKeys], ...
+] = (
     lambda: batched("short, causal, dropout", 1, 41, 29, dim=56, causal=True, dropout=True),
     lambda: batched("long, window, dropout", 2, 75, 71, dim=56, window=(20, 9), dropout=True),
     lambda: batched(
@@ -427,6 +463,16 @@ CASES: tuple[Callable[[], Case | InfiniteKey | NanInside | NanInGradient | ManyK
     lambda: batched(
         "long, one key each", 25, 20, 84, window=(0, 0), dropout=True, loud=4.0, dlse=False
     ),
+    lambda: batched(
+        "one key each, of two tiles",
+        33,
+        20,
+        75,
+        window=(0, 0),
+        dropout=True,
+        loud=4.0,
+        dlse=False,
+    ),
     lambda: batched("just below the threshold", 26, 16, 16, below=0),
     lambda: batched("just below the threshold, bit 3", 27, 16, 16, below=1),
     # Maxima grow by more than a row keeps its factor for, and are below 0.
@@ -443,6 +489,7 @@ CASES: tuple[Callable[[], Case | InfiniteKey | NanInside | NanInGradient | ManyK
         dropout=True,
     ),
     lambda: varlen("varlen, 32 sequences", 30, [(1, 2)] * 32, (1, 1), heads=(1, 1)),
+    LongestFirst,
     ManyKeys,
     lambda: batched("D 8, one row", 14, 1, 1, dim=8, heads=(1, 1)),
 )

@@ -260,13 +260,6 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "first_q + kQueries + 1 < s.len_q",
     ),
     _one(_CLEARED, _HOPPER_KEYS, "s.high < 0", "s.high <= 0"),
-    _one(
-        _CLEARED,
-        _HOPPER_KEYS,
-        "own.first_k + Tile::kRows > s.len_k",
-        "true",
-        "own.first_k + Tile::kRows >= s.len_k",
-    ),
     _one(_CLEARED, _HOPPER_KEYS, "a.cu_seqlens_q != nullptr", "true", source="some_see_nothing"),
     _one(
         _CLEARED,
@@ -274,13 +267,6 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "first_q + kQueries > s.len_q",
         "true",
         "first_q + kQueries >= s.len_q",
-    ),
-    _one(
-        _CLEARED,
-        _HOPPER_QUERIES,
-        "first_k + kKeys > s.len_k",
-        "true",
-        "first_k + kKeys >= s.len_k",
     ),
     _one(_CHOSEN_ZERO, _HOPPER_KEYS, "fact.lse[n] != kInfinity", "true"),
     _one(_SAME_GROUP, _HOPPER_KEYS, "static_cast<uint32_t>(i)", "static_cast<uint32_t>(i) ^ 8u"),
@@ -328,7 +314,13 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "ptx::named_barrier_sync(kConsumersBarrier, 128 * Tile::kWarpgroups);",
     ),
     # Hopper, forward.
-    _one(_CLEARED, _HOPPER_FWD, "end_k > len_k", "true", "end_k >= len_k"),
+    _one(_CLEARED, _PIPELINE, "end_k > len_k", "true", "end_k >= len_k"),
+    _one(
+        "A round of no lengths more.",
+        "sm90/sequence_order.cuh",
+        "first < a.batch",
+        "first <= a.batch",
+    ),
     Equivalent(
         "Every lane asks for the tensor maps.",
         _HOPPER_FWD,

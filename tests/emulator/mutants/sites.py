@@ -350,6 +350,8 @@ RULES: dict[str, tuple[Callable[[str], Found], ...]] = {
         _texts(r"\(\(product << 16\) \^ product\)", "(product << 16)", "product"),
         _texts(r"\bkeep\[(high|next)\]\[(\w+)\]", r"keep[1 - \1][\2]", r"keep[\1][1 - (\2)]"),
         _argument("kept_scores", 1, "{} + 1"),
+        _argument("is_kept", 1, "{} ^ 8"),
+        _argument("is_kept", 2, "{} + 1"),
         _argument("dropout_row", 1, "{} + 1", "{} ^ 8u"),
         _argument("hidden_row", 2, "{} + 1"),
         _argument("drop_vector", 2, "{} + 8"),
