@@ -2,11 +2,15 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+
+from bertkern.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,6 +32,27 @@ def test_python_of_readme_runs(block, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip()
+
+
+def command_lines():
+    """The arguments of each `bertkern ...` that README shows."""
+    for block in re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE):
+        for line in block.splitlines():
+            found = re.match(r"(?:bertkern|torchrun .* -m bertkern\.cli\.main)\s(.*)", line)
+            if found:
+                yield shlex.split(found[1], comments=True)
+
+
+def test_commands_of_readme_are_understood():
+    """Names, options and their values; nothing is run."""
+    lines = list(command_lines())
+    shown = {line[0] for line in lines}
+    assert {"pretrain", "finetune", "classify", "answer", "embed", "attention-map"} <= shown
+    for line in lines:
+        command, arguments = get_command(app), list(line)
+        while hasattr(command, "commands"):
+            command = command.commands[arguments.pop(0)]
+        command.make_context("bertkern", arguments)
 
 
 def test_make_targets_of_readme_exist():
