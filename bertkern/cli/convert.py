@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .console import CommandError, need, out
+from .console import CommandError, err, need, out
 
 
 class Dtype(str, Enum):
@@ -66,7 +66,8 @@ def convert(
         from bertkern.models import export_onnx, load_model
 
         model = load_model(source, name, allow_pickle)
-        export_onnx(model, target)
+        with err.status("exporting and checking"):
+            export_onnx(model, target)
         what = f"{type(model).__name__}, equal in ONNX Runtime"
     else:
         import torch

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -94,10 +95,15 @@ class Features:
     def __len__(self) -> int:
         return (len(self.starts) - 1) // self.choices
 
-    @property
+    @cached_property
     def lengths(self) -> Ids:
         """Tokens of each example, [E]."""
         return np.diff(self.starts[:: self.choices])
+
+    @cached_property
+    def sequence_lengths(self) -> Ids:
+        """Tokens of each sequence, [R]."""
+        return np.diff(self.starts)
 
     def batches(
         self, epoch: int, batch_size: int, seed: int, shuffle: bool = True, start: int = 0
@@ -140,8 +146,8 @@ class FeatureBatch:
 
     @property
     def sequence_lengths(self) -> Ids:
-        """Tokens of each sequence, [R]."""
-        return np.diff(self.features.starts)[self._sequences(0, len(self))]
+        """Tokens of each sequence of the batch, [B]."""
+        return self.features.sequence_lengths[self._sequences(0, len(self))]
 
     def part(self, first: int, last: int) -> PackedFeatures:
         """Examples first .. last - 1, with the dropout masks that they have in the whole batch."""
@@ -174,7 +180,7 @@ class PackedFeatures:
         self, features: Features, examples: Ids, rows: Ids, max_seqlen: int, sequence_offset: int
     ) -> None:
         self.examples = examples
-        self.lengths = np.diff(features.starts)[rows]
+        self.lengths = features.sequence_lengths[rows]
         self.sequences = len(examples)
         cu_seqlens = cumulative_lengths(self.lengths)
         self.tokens = int(cu_seqlens[-1])

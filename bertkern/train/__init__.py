@@ -1,6 +1,8 @@
-"""Training: the loop, and pre-training of BERT from text."""
+"""Training: the loop, pre-training of BERT from text, and fine-tuning for tasks."""
 
 from .evaluation import evaluate
+from .finetuning import FinetuningResult, finetune
+from .finetuning_tasks import FinetuningSettings, FinetuningTask
 from .history import Evaluation, History, StepRecord
 from .interruption import TrainingInterrupted
 from .loop import Task, train
@@ -11,6 +13,9 @@ from .settings import LoopSettings
 
 __all__ = [
     "Evaluation",
+    "FinetuningResult",
+    "FinetuningSettings",
+    "FinetuningTask",
     "History",
     "Lamb",
     "LoopSettings",
@@ -22,6 +27,7 @@ __all__ = [
     "Task",
     "TrainingInterrupted",
     "evaluate",
+    "finetune",
     "pretrain",
     "train",
 ]

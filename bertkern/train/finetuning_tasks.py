@@ -52,10 +52,7 @@ from .squad import squad_figures, write_predictions
 
 Data = TypeVar(
     "Data",
-    ClassificationData,
-    MultipleChoiceData,
-    TokenClassificationData,
-    QuestionAnsweringData,
+    bound=ClassificationData | MultipleChoiceData | TokenClassificationData | QuestionAnsweringData,
 )
 Outputs = dict[str, NDArray[np.float32]]
 

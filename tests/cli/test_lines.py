@@ -56,9 +56,13 @@ def test_json_is_read_by_name_or_wish(tmp_path):
 def test_bad_records_are_named(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": ""}}\n{line}\n')
-    with pytest.raises(CommandError) as caught:
+
+    def read():
         for found, record in lines.read_records([str(path)], None):
             lines.text_field(found, record, "text")
+
+    with pytest.raises(CommandError) as caught:
+        read()
     assert str(path) in str(caught.value)
     assert message in str(caught.value)
 
@@ -114,7 +118,8 @@ def test_rows_in_each_format(tmp_path):
     for format in ("jsonl", "tsv", "csv"):
         path = tmp_path / "new" / format
         results = [(next(items("x")), Length("x"))]
-        lines.write_results(results, lambda _: record, output(path, format), "texts", 9)
+        to = output(path, lines.Format(format))
+        lines.write_results(results, lambda _: record, to, "texts", 9)
         found[format] = path.read_text()
     assert json.loads(found["jsonl"]) == record
     assert found["tsv"] == 'n\ttext\n1\t"tab\tcomma,""quote""\nnew"\n'

@@ -182,6 +182,55 @@ def test_packed_is_padded_bit_for_bit(batch, dropout):
         assert not torch.equal(model(**batch).loss, loss)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_gradient_checkpointing_gives_the_same_bits(batch, dropout):
+    torch.manual_seed(1)
+    config = BertConfig(**SIZES, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    model = BertForPreTraining(config).train()
+    calls = []
+    for layer in model.bert.layers:
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def step():
+        calls.clear()
+        torch.manual_seed(11)
+        model.zero_grad()
+        loss = model(**as_packed(batch)).loss
+        loss.backward()
+        return loss, {n: p.grad for n, p in model.named_parameters()}, len(calls)
+
+    loss, expected, plain_calls = step()
+    model.gradient_checkpointing_enable()
+    again, got, checkpointed_calls = step()
+    assert (plain_calls, checkpointed_calls) == (2, 4)  # each layer a second time
+    assert torch.equal(again, loss)
+    assert all(torch.equal(got[n], expected[n]) for n in expected)
+    model.eval()
+    assert step()[2] == 2
+    model.train().gradient_checkpointing_disable()
+    assert step()[2] == 2
+
+
+def test_gradient_checkpointing_keeps_less(batch):
+    """Counted in bytes that autograd keeps."""
+    model = BertModel(BertConfig(**{**SIZES, "num_hidden_layers": 6})).train()
+    kept = []
+    for enable in (False, True):
+        if enable:
+            model.gradient_checkpointing_enable()
+        sizes = {}
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(**inputs_only(batch))
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept.append(sum(size for where, size in sizes.items() if where not in parameters))
+    assert kept[1] < kept[0] / 3
+
+
 def test_padding_does_not_matter(batch):
     """Left padding and holes, with position_ids given, change nothing; without, columns count."""
     model = BertModel(BertConfig(**SIZES)).eval()

@@ -308,60 +308,6 @@ def test_rate_of_the_heads_dropout(key):
         assert (model.eval()(**draw(head)).logits != 0.25).any()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("key", ["pretraining", "question answering"])
-def test_gradient_checkpointing_gives_the_same_bits(key, dropout):
-    head = HEADS[key]
-    torch.manual_seed(1)
-    config = BertConfig(**SIZES, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
-    model = getattr(models, head.name)(config).train()
-    batch = packed(head, draw(head))
-    calls = []
-    for layer in model.bert.layers:
-        layer.register_forward_pre_hook(lambda *_: calls.append(1))
-
-    def step():
-        calls.clear()
-        torch.manual_seed(11)
-        model.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        return loss, {n: p.grad for n, p in model.named_parameters()}, len(calls)
-
-    loss, expected, plain_calls = step()
-    model.gradient_checkpointing_enable()
-    again, got, checkpointed_calls = step()
-    assert (plain_calls, checkpointed_calls) == (2, 4)  # each layer a second time
-    assert torch.equal(again, loss)
-    assert all(torch.equal(got[n], expected[n]) for n in expected)
-    model.eval()
-    assert step()[2] == 2
-    model.train().gradient_checkpointing_disable()
-    assert step()[2] == 2
-
-
-def test_gradient_checkpointing_keeps_less():
-    """Counted in bytes that autograd keeps."""
-    model = models.BertForTokenClassification(BertConfig(**{**SIZES, "num_hidden_layers": 6}))
-    batch = draw(HEADS["token classification"])
-    batch["labels"] = batch["labels"].clamp(max=1)
-    kept = []
-    for enable in (False, True):
-        if enable:
-            model.gradient_checkpointing_enable()
-        sizes = {}
-
-        def keep(tensor, sizes=sizes):
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model.train()(**batch)
-        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept.append(sum(size for where, size in sizes.items() if where not in parameters))
-    assert kept[1] < kept[0] / 3
-
-
 @pytest.mark.parametrize("key", HEADS)
 def test_nothing_labelled_and_nothing_at_all(key):
     """A loss of 0 with gradients of 0, for batches without labels, tokens or sequences."""

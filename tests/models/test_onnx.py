@@ -70,24 +70,22 @@ def test_runtime_computes_what_the_model_does(name, tmp_path):
 
     def check(seed):
         torch.manual_seed(seed)
+        values = {output: ([], [], []) for output in outputs}
         for lengths in BATCHES.values():
-            check_batch(draw(name, lengths))
-
-    def check_batch(batch):
-        feed = {n: x.numpy() for n, x in zip(exporter.INPUTS, batch, strict=True)}
-        results = session.run(outputs, feed)
-        with torch.no_grad():
-            ours, truth = model(*batch), exact(*batch)
-        for output, got in zip(outputs, results, strict=True):
-            got, expected = torch.from_numpy(got), getattr(ours, output)
-            finite = expected.isfinite()
-            assert torch.equal(got.isfinite(), finite)  # a span's padding is -inf
-            assert_close(
-                got.where(finite, 0.0),
-                getattr(truth, output).where(finite, 0.0),
-                expected.where(finite, 0.0),
-                name=f"{output} of {list(batch[0].shape)}",
-            )
+            batch = draw(name, lengths)
+            feed = {n: x.numpy() for n, x in zip(exporter.INPUTS, batch, strict=True)}
+            with torch.no_grad():
+                ours, truth = vars(model(*batch)), vars(exact(*batch))
+            for output, got in zip(outputs, session.run(outputs, feed), strict=True):
+                three = (torch.from_numpy(got), truth[output], ours[output])
+                assert three[0].shape == three[1].shape
+                finite = three[1].isfinite()
+                assert all(torch.equal(x.isfinite(), finite) for x in three)  # a span's padding
+                for x, column in zip(three, values[output], strict=True):
+                    column.append(x.where(finite, 0.0).reshape(-1, 1))
+        for output, columns in values.items():
+            # of all batches together: the largest error of a few values is a matter of luck
+            assert_close(*(torch.cat(column) for column in columns), name=output)
 
     hold_in_most_draws(check)
 

@@ -81,10 +81,10 @@ def make(kind, count, seed, words=None):
         )
     questions = []
     for i in ids:
-        context = " ".join(text(*text()) + ["york"])
+        context = " ".join([*text(*text()), "york"])
         answers = ()
         if rng.random() < 0.7:
-            context = " ".join(np.random.default_rng(int(i)).permutation(context.split() + ["cat"]))
+            context = " ".join(rng.permutation([*context.split(), "cat"]))
             answers = (Answer("cat", context.index("cat")),)
         questions.append(Question(i, "where the cat", context, answers, not answers))
     return QuestionAnsweringData(questions, words, WINDOWS)

@@ -1,9 +1,14 @@
 """Fine-tuning: every task learns, as transformers does; the best weights, resuming, files."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +16,11 @@ import torch
 import transformers
 from train.task_data import KINDS, make, save_start
 
+import bertkern
 from bertkern.data.answer_spans import best_answers
 from bertkern.data.classification import ClassificationData
 from bertkern.data.features import FeatureBatch
-from bertkern.train import History, TrainingInterrupted
+from bertkern.train import History, Processes, TrainingInterrupted
 from bertkern.train.curves import smooth
 from bertkern.train.finetuning import finetune
 from bertkern.train.finetuning_tasks import TASKS, FinetuningSettings
@@ -58,7 +64,7 @@ def padded(part):
     """The arguments of transformers' models for a packed part."""
     arguments = part.arguments()
     bounds = arguments["cu_seqlens"].tolist()
-    pieces = list(zip(bounds[:-1], bounds[1:], strict=True))
+    pieces = list(pairwise(bounds))
     choices = arguments.get("num_choices")
 
     def pad(values, filler):
@@ -77,6 +83,14 @@ def padded(part):
             values = arguments[name]
             result[name] = pad(values, -100) if len(values) == len(ids) else values
     return result
+
+
+def their_loss(kind, model, batch):
+    """transformers takes padding for a possible answer, so windows are given to it one by one."""
+    if kind != "qa":
+        return model(**padded(batch.part(0, len(batch)))).loss
+    parts = [padded(batch.part(e, e + 1)) for e in range(len(batch))]
+    return torch.stack([model(**part).loss for part in parts]).mean()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,7 +118,7 @@ def test_the_losses_are_those_of_transformers(kind, start_without_dropout, tmp_p
         for batch in data.features.batches(epoch, settings.batch_size, settings.seed):
             for group in optimizer.param_groups:
                 group["lr"] = loop.rate(len(losses))
-            loss = theirs.train()(**padded(batch.part(0, len(batch)))).loss
+            loss = their_loss(kind, theirs.train(), batch)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
@@ -112,7 +126,6 @@ def test_the_losses_are_those_of_transformers(kind, start_without_dropout, tmp_p
             losses.append(loss.item())
     assert len(losses) == loop.steps >= 6
     np.testing.assert_allclose([s.loss for s in result.history.steps], losses, rtol=2e-4)
-    assert losses[-1] < losses[0]
 
 
 def their_logits(kind, folder, data):
@@ -129,7 +142,7 @@ def their_logits(kind, folder, data):
     return model.config, logits
 
 
-LEARN = {"epochs": 12, "batch_size": 16, "learning_rate": 5e-3}
+LEARN = {"epochs": 8, "batch_size": 16, "learning_rate": 6e-3, "evaluate_every": 30}
 LEARNT = {"classification": 0.95, "regression": 0.9, "multiple-choice": 0.95}
 LEARNT |= {"token-classification": 0.95, "qa": 80}
 
@@ -137,7 +150,7 @@ LEARNT |= {"token-classification": 0.95, "qa": 80}
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_learns_and_writes_what_transformers_predicts(kind, start, tmp_path):
     test = make(kind, 30, 2)
-    result = run(kind, start, tmp_path, count=160, settings=LEARN, test=test)
+    result = run(kind, start, tmp_path, count=128, settings=LEARN, test=test)
     metric = result.task.metric
     assert result.figures[metric] > LEARNT[kind]
     assert result.test_figures[metric] > 0.9 * LEARNT[kind]
@@ -226,6 +239,40 @@ def test_interrupted_and_resumed_is_uninterrupted(start, tmp_path):
             run("multiple-choice", start, tmp_path / "parts", resume=True, settings=settings)
 
 
+def main(start, out):
+    """What each process does."""
+    torch.set_num_threads(1)
+    run("qa", start, Path(out), count=48, test=make("qa", 10, 2))
+
+
+def test_two_processes_make_what_one_makes(start, tmp_path):
+    """Dropout is on; losses, figures and predictions, each process computing its share."""
+    run("qa", start, tmp_path / "one", count=48, test=make("qa", 10, 2))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", __file__, str(start), str(tmp_path / "two")]
+    paths = [str(Path(__file__).parents[1]), str(Path(bertkern.__file__).parents[1])]
+    path = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    one, two = (
+        History.from_dict(json.loads((tmp_path / name / "history.json").read_text()))
+        for name in ("one", "two")
+    )
+    expected = [step.loss for step in one.steps]
+    np.testing.assert_allclose([step.loss for step in two.steps], expected, rtol=1e-4)
+    for a, b in zip(one.evaluations, two.evaluations, strict=True):
+        assert b.figures == pytest.approx(a.figures, rel=1e-3)
+    for part in ("held_out", "test"):
+        odds = [
+            json.loads((tmp_path / name / part / "null_odds.json").read_text())
+            for name in ("one", "two")
+        ]
+        assert odds[1] == pytest.approx(odds[0], abs=1e-3)
+
+
 def test_early_stopping_ends_with_the_best_weights(start, tmp_path):
     """At a rate that destroys the model, the first evaluation is the best one."""
     settings = {"epochs": 50, "learning_rate": 2.0, "evaluate_every": 1, "patience": 3}
@@ -244,7 +291,7 @@ def test_early_stopping_ends_with_the_best_weights(start, tmp_path):
 
 def test_evaluation_does_not_depend_on_its_batches(start, tmp_path):
     result = run("qa", start, tmp_path, settings={"epochs": 1})
-    task, processes = result.task, __import__("bertkern.train").train.Processes()
+    task, processes = result.task, Processes()
     whole, loss = task.outputs(result.model, task.held_out, processes)
     task.settings = FinetuningSettings(evaluation_tokens=1)
     single, other = task.outputs(result.model, task.held_out, processes)
@@ -265,22 +312,16 @@ def test_refusals(start, tmp_path):
         FinetuningSettings(warmup_fraction=2)
     with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
         run("classification", start, tmp_path, resume=True)
-    unlabelled = ClassificationData(
-        type(data.examples)("f", ["cat"], None, None, None, ["0"]), data.tokenizer
-    )
+    unlabelled = dataclasses.replace(data.examples, labels=None, label_names=None)
+    unlabelled = ClassificationData(unlabelled, data.tokenizer)
     with pytest.raises(ValueError, match="held_out must be labelled examples, one or more"):
         finetune(data, unlabelled, start, tmp_path)
-    renamed = make("classification", 8, 1)
-    object.__setattr__(renamed.examples, "label_names", ["yes", "no"])
+    renamed = dataclasses.replace(data.examples, label_names=["yes", "no"])
+    renamed = ClassificationData(renamed, data.tokenizer)
     with pytest.raises(ValueError, match=r"held_out has the labels \['yes', 'no'\], train_data"):
         finetune(data, renamed, start, tmp_path)
-    long = ClassificationData(
-        type(data.examples)(
-            "f", ["cat " * 50] * 2, None, np.array([0, 1]), ["no", "yes"], ["0", "1"]
-        ),
-        data.tokenizer,
-        max_length=40,
-    )
+    texts = dataclasses.replace(data.examples.subset([0, 1]), texts=["cat " * 50] * 2)
+    long = ClassificationData(texts, data.tokenizer, max_length=40)
     with pytest.raises(ValueError, match=r"a sequence of 40 tokens exceeds .* = 32 .* max_length"):
         finetune(long, data, start, tmp_path)
     assert not any(tmp_path.iterdir())
@@ -311,3 +352,7 @@ def test_smoothing_keeps_a_constant_and_the_mean():
     values = np.arange(100.0)
     np.testing.assert_allclose(smooth(values)[10:90], values[10:90])
     assert smooth(np.array([1.0, 5.0])).tolist() == [1.0, 5.0]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
