@@ -109,8 +109,7 @@ def train(model: nn.Module, task: Task, settings: LoopSettings) -> Course:
     for step, batch in zip(range(settings.steps), _batches(task), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = settings.rate(step)
-        inputs, _ = padded(batch.part(0, len(batch)).arguments())
-        loss = model(**inputs).loss
+        loss = loss_of(model, *padded(batch.part(0, len(batch)).arguments()))
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm)
         optimizer.step()
@@ -118,6 +117,25 @@ def train(model: nn.Module, task: Task, settings: LoopSettings) -> Course:
         course.add(loss.item(), int(batch.lengths.sum()))
     model.eval()
     return course
+
+
+def loss_of(model: nn.Module, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:
+    """transformers' own loss; for spans, of logits without those of padding.
+
+    Its head for questions counts padding among the places where an answer may begin or end, so that
+    the loss of a question depends on how long the others of the batch are. Here it does not.
+    """
+    result = model(**inputs)
+    if "start_positions" not in inputs:
+        return result.loss
+    losses = [
+        nn.functional.cross_entropy(logits.masked_fill(~mask, -torch.inf), inputs[positions])
+        for logits, positions in (
+            (result.start_logits, "start_positions"),
+            (result.end_logits, "end_positions"),
+        )
+    ]
+    return (losses[0] + losses[1]) / 2
 
 
 def _batches(task: Task) -> Iterator[Batch]:

@@ -197,6 +197,7 @@ def _counting(what: str) -> Iterator[Callable[[], None]]:
         TimeElapsedColumn(),
         console=err,
         transient=True,
+        disable=not err.is_terminal,
     )
     task = progress.add_task(what, total=None)
     with progress:
