@@ -7,10 +7,10 @@ The first is a sentence of the text that is made of two clauses and a conjunctio
     entailment        An error is raised if the file is missing.
     not_entailment    The file is missing if an error is raised.
 
-Both have the words of the premise, so that counting words in common tells nothing, as in the
-harder part of natural language inference (McCoy et al. 2019, HANS; Zhang et al. 2019, PAWS): what
-has to be read is which clause the conjunction governs. Every premise occurs with both labels, so
-that the premise alone tells nothing either.
+Both have the same words, nearly all the premise's, so that counting words in common tells nothing,
+as in the harder test sets of McCoy et al. (2019, HANS) and Zhang et al. (2019, PAWS): what has to
+be read is which clause the conjunction governs. Every premise occurs with both labels, so that the
+premise alone tells nothing either.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
-"""Pre-trains one small BERT twice: with bertkern and with transformers, step by step in turns.
+"""Pre-trains a small BERT from Python's documentation, here and in transformers, and compares them.
 
-    python -m bertkern.benchmarks.tasks.pretraining OUT [--steps N]
+    python -m bertkern.benchmarks.tasks.pretraining [--steps N] [--dropout RATE]
+        [--results FOLDER] [--picture FILE] [--seed N]
 
-    OUT/pretraining-<machine>-<date>.json    losses, held-out figures, seconds of each step
-    OUT/pretraining.png                      both curves
+Both have the same size, begin with the same weights, and read the same masked pairs in the same
+order, with the same optimizer. transformers' loss of a batch is of its padded form. Written are the
+losses of every step, the held-out losses at the end, and the times. Exit code 1 where ours is not
+as good and faster, or the curves part at once.
 
-The text is the English that every Python carries. Both models begin with the same weights, see the
-same batches, and are updated by torch's AdamW with the same settings and without dropout: what
-they compute is the same function, so their losses may differ by rounding alone, and what is
-compared is time. transformers gets the batch padded to its longest sequence, with its own
-attention over SDPA; making and padding the batch count in each one's time. In every step the two
-run one after the other, so what else the machine does meets both.
+The held-out figures of both come from one function, which reads transformers' weights from its own
+folder; a test holds that they are what transformers' forward gives.
 """
 
 from __future__ import annotations
@@ -19,265 +18,198 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from tokenizers import Tokenizer
 
-from bertkern.data import Corpus, MaskingSettings, PretrainingData, train_tokenizer
+from bertkern.data.corpus import Corpus
 from bertkern.data.files import write_text
-from bertkern.data.pretraining import PackedPretrainingBatch, PretrainingBatch
-from bertkern.data.text import split_documents, standard_library_text
-from bertkern.models import BertConfig, BertForPreTraining
-from bertkern.train import History, PretrainingSettings, PretrainingTask, StepRecord, train
-from bertkern.train.evaluation import evaluation_batches
+from bertkern.data.masking import MaskingSettings
+from bertkern.data.pretraining import PretrainingData
+from bertkern.data.text import Document, split_documents, standard_library_text
+from bertkern.data.tokenizer import train_tokenizer
+from bertkern.models.bert import BertForPreTraining
+from bertkern.models.config import BertConfig
+from bertkern.train.evaluation import evaluate
+from bertkern.train.history import StepRecord
+from bertkern.train.loop import train
+from bertkern.train.pretraining import PretrainingSettings, PretrainingTask
 
-from ..engines import quiet_transformers
-from ..machine import file_name, progress, provenance
+from ..machine import ROOT, file_name, progress, provenance
+from ..row import RESULTS
+from . import curves, twin
+from .run import APART, NEVER, TOGETHER
+from .twin import Course
 
-STEPS = 400
+PICTURE = ROOT / "docs" / "pretraining.png"
 VOCABULARY = 8192
-IGNORED = -100
-SETTINGS = PretrainingSettings(
-    steps=STEPS,
-    tokens_per_batch=2048,
-    learning_rate=1e-3,
-    evaluate_every=50,
-    evaluation_tokens=16384,
-    checkpoint_every=STEPS,
-    masking=MaskingSettings(max_length=128, max_predictions=20),
-)
-SIZES = {
-    "hidden_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 1024,
-    "max_position_embeddings": 128,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
+HELD_OUT = 0.05  # of the documents
+CLOSE = 0.01  # nats by which held-out losses may differ: what rounding grows to
 
 
-class HuggingFace:
-    """transformers' BertForPreTraining, trained as its users would write the loop."""
-
-    def __init__(self, folder: Path, settings: PretrainingSettings) -> None:
-        import transformers
-
-        with quiet_transformers():
-            self.model = transformers.BertForPreTraining.from_pretrained(
-                folder, attn_implementation="sdpa"
-            )
-        self.settings, self.updates = settings, 0
-        matrices = [p for p in self.model.parameters() if p.dim() > 1]
-        vectors = [p for p in self.model.parameters() if p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": settings.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=True,
-        )
-
-    def step(self, part: PackedPretrainingBatch) -> float:
-        """One update; returns the loss."""
-        self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate(self.updates)
-        self.updates += 1
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.model(**padded(part)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
-        self.optimizer.step()
-        return loss.item()
-
-    @torch.no_grad()
-    def evaluate(self, batches: Sequence[PretrainingBatch]) -> float:
-        """The mean masked-LM loss over the batches' masked tokens."""
-        self.model.eval()
-        total = count = 0.0
-        for batch in batches:
-            arguments = padded(batch.part(0, len(batch)))
-            labels = arguments.pop("labels")
-            del arguments["next_sentence_label"]
-            logits = self.model(**arguments).prediction_logits
-            chosen = labels != IGNORED
-            total += torch.nn.functional.cross_entropy(
-                logits[chosen], labels[chosen], reduction="sum"
-            ).item()
-            count += int(chosen.sum())
-        return total / count
+def small_config(vocab_size: int, dropout: float) -> BertConfig:
+    """BERT-mini: 4 layers of 256 (Turc et al. 2019)."""
+    return BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=1024,
+        max_position_embeddings=128,
+        initializer_range=0.04,  # 0.02 is for 768 columns; small models start slowly with it
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
 
 
-def padded(part: PackedPretrainingBatch) -> dict[str, Tensor]:
-    """The part as transformers takes it: [B, S], padded to its longest sequence."""
-    lengths = part.cu_seqlens.diff().long()
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    labels = torch.full_like(part.input_ids, IGNORED)
-    labels[part.label_tokens] = part.labels
-
-    def pad(values: Tensor, fill: int) -> Tensor:
-        return torch.full(mask.shape, fill).masked_scatter(mask, values)
-
-    return {
-        "input_ids": pad(part.input_ids, 0),
-        "token_type_ids": pad(part.token_type_ids, 0),
-        "attention_mask": mask.long(),
-        "labels": pad(labels, IGNORED),
-        "next_sentence_label": part.next_sentence_label,
-    }
+def small_settings(steps: int, seed: int) -> PretrainingSettings:
+    """How both are trained."""
+    return PretrainingSettings(
+        steps=steps,
+        learning_rate=1e-3,
+        tokens_per_batch=2048,
+        evaluation_tokens=32768,
+        evaluate_first=False,
+        evaluate_every=NEVER,
+        checkpoint_every=NEVER,
+        seed=seed,
+        masking=MaskingSettings(max_length=128),
+    )
 
 
-class Comparison(PretrainingTask):
-    """bertkern's pre-training, in which transformers takes each step after it.
+def compare(
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    config: BertConfig,
+    settings: PretrainingSettings,
+    folder: Path,
+) -> dict[str, Any]:
+    """Pre-train both and say what they reached.
 
-    Attributes:
-        seconds: of each step, by who took it.
-        other_losses: of transformers' steps.
-        held_out_losses: transformers' masked-LM losses, at each of bertkern's evaluations.
+    Returns:
+        Of bertkern and of transformers the losses, the seconds and the held-out figures; the
+        held-out figures of one who knows only frequencies; how far the losses are apart.
     """
-
-    def __init__(
-        self,
-        config: BertConfig,
-        data: PretrainingData,
-        held_out: PretrainingData,
-        settings: PretrainingSettings,
-        other: HuggingFace,
-    ) -> None:
-        super().__init__(config, data, held_out, settings)
-        self.other = other
-        self.seconds: dict[str, list[float]] = {"bertkern": [], "transformers": []}
-        self.other_losses: list[float] = []
-        self.held_out_losses: list[float] = []
-        self._batch: PretrainingBatch | None = None
-        self._since = 0.0
-
-    def batches(self, epoch: int, start: int, step: int) -> Any:
-        """As ever; the clock of bertkern's step starts before its batch is made."""
-        planned = super().batches(epoch, start, step)
-        while True:
-            self._since = time.perf_counter()
-            self._batch = next(planned, None)  # type: ignore[assignment]
-            if self._batch is None:
-                return
-            yield self._batch
-
-    def stepped(self, record: StepRecord) -> None:
-        """bertkern took a step; now transformers takes it."""
-        self.seconds["bertkern"].append(time.perf_counter() - self._since)
-        assert self._batch is not None
-        start = time.perf_counter()
-        self.other_losses.append(self.other.step(self._batch.part(0, len(self._batch))))
-        self.seconds["transformers"].append(time.perf_counter() - start)
-        if record.step % 20 == 0:
-            ours, theirs = (float(np.median(s[-20:])) for s in self.seconds.values())
-            progress(
-                f"step {record.step} of {self.settings.steps}: loss {record.loss:.4f} and "
-                f"{self.other_losses[-1]:.4f}, {ours:.2f} s and {theirs:.2f} s"
-            )
-
-    def evaluate(self, model: torch.nn.Module, processes: Any) -> dict[str, float]:
-        """As ever, and transformers' loss on the same batches."""
-        settings = self.settings
-        batches = list(
-            evaluation_batches(self.held_out, settings.tokens_per_batch, settings.evaluation_tokens)
-        )
-        self.held_out_losses.append(self.other.evaluate(batches))
-        return super().evaluate(model, processes)
-
-
-def compare(settings: PretrainingSettings) -> tuple[Comparison, History]:
-    """Both runs."""
-    kept, rest = split_documents(standard_library_text(), 0.05, settings.seed)
-    tokenizer = train_tokenizer((s for d in kept for s in d), VOCABULARY)
+    parts = split_documents(documents, HELD_OUT, settings.seed)
     data, held_out = (
         PretrainingData(
             Corpus.from_documents(part, tokenizer), tokenizer, settings.masking, settings.seed
         )
-        for part in (kept, rest)
+        for part in parts
     )
     torch.manual_seed(settings.seed)
-    model = BertForPreTraining(BertConfig(vocab_size=tokenizer.get_vocab_size(), **SIZES))
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        other = HuggingFace(Path(folder), settings)
-    task = Comparison(model.config, data, held_out, settings, other)
-    return task, train(model, task, settings, progress=False, on_step=task.stepped)
+    model = BertForPreTraining(config)
+    model.save_pretrained(folder / "initial")
+    task = PretrainingTask(config, data, held_out, settings)
 
+    ours = Course()
 
-def result_of(task: Comparison, history: History) -> dict[str, Any]:
-    """What was measured, as JSON."""
-    ours = [record.loss for record in history.steps]
-    differences = [abs(a - b) for a, b in zip(ours, task.other_losses, strict=True)]
-    steps, held_out = history.curve("mlm_loss")
+    def record(step: StepRecord) -> None:
+        ours.add(step.loss, step.tokens)
+
+    history = train(model, task, settings, progress=False, on_step=record)
+    progress(f"  bertkern {ours.seconds:.0f} s")
+
+    other = twin.load("BertForPreTraining", folder / "initial")
+    theirs = twin.train(other, task, settings)
+    progress(f"  transformers {theirs.seconds:.0f} s")
+    other.save_pretrained(folder / "transformers")  # type: ignore[operator]
+    read_back = BertForPreTraining.from_pretrained(folder / "transformers")
+    budget = settings.tokens_per_batch, settings.evaluation_tokens
+    apart = twin.agreement(ours.losses, theirs.losses)
     return {
-        "machine": provenance(torch.device("cpu")),
-        "settings": {"steps": len(ours), "tokens_per_batch": task.settings.tokens_per_batch},
-        "sizes": {**SIZES, "vocab_size": task.config.vocab_size},
+        "parameters": sum(p.numel() for p in model.parameters()),
         "baselines": history.baselines,
-        "losses": {"bertkern": ours, "transformers": task.other_losses},
-        "largest_difference": {
-            "steps 1 to 20": max(differences[:20]),
-            "all steps": max(differences),
+        **{
+            who: {
+                "held_out": figures,
+                "seconds": course.seconds,
+                "tokens": course.tokens,
+                "losses": course.losses,
+            }
+            for who, course, figures in (
+                ("bertkern", ours, history.evaluations[-1].figures),
+                ("transformers", theirs, evaluate(read_back, held_out, *budget)),
+            )
         },
-        "held_out_steps": steps,
-        "held_out_mlm_loss": {"bertkern": held_out, "transformers": task.held_out_losses},
-        "step_seconds": task.seconds,
-        "median_step_seconds": {who: float(np.median(s)) for who, s in task.seconds.items()},
-        "total_step_seconds": {who: float(np.sum(s)) for who, s in task.seconds.items()},
+        "largest_difference_of_first_losses": max(apart[:TOGETHER]),
+        "relative_difference_of_losses": apart,
     }
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Held-out loss of both against the time that each needed, and against steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 4.0), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    by_time, by_step = figure.subplots(1, 2, sharey=True)
-    looks = {"bertkern": ("#c0392b", "o-"), "transformers": ("#2c6fab", "s--")}
-    for who, (colour, style) in looks.items():
-        spent = np.concatenate(([0.0], np.cumsum(result["step_seconds"][who])))
-        losses = result["held_out_mlm_loss"][who]
-        seconds = spent[result["held_out_steps"]]
-        by_time.plot(seconds, losses, style, color=colour, markersize=4, label=who)
-        by_step.plot(result["held_out_steps"], losses, style, color=colour, markersize=4)
-    for axis, label in ((by_time, "seconds of training"), (by_step, "step")):
-        axis.axhline(result["baselines"]["mlm_loss"], color="#888888", linestyle=":")
-        axis.set_xlabel(label)
-        axis.spines[["top", "right"]].set_visible(False)
-    by_time.set_ylabel("held-out masked-word loss, nats")
-    by_time.legend(frameon=False)
-    by_step.text(0, result["baselines"]["mlm_loss"], "word frequency", va="bottom", color="#888888")
-    figure.savefig(path)
+def verdict(found: dict[str, Any], dropout: float) -> list[str]:
+    """What is wrong with the result; empty where all is well."""
+    ours, theirs = found["bertkern"], found["transformers"]
+    loss, other = (side["held_out"]["mlm_loss"] for side in (ours, theirs))
+    wrong = []
+    if not loss <= other + CLOSE:
+        wrong.append(f"held-out masked-LM loss {loss:.4f}, transformers' {other:.4f}")
+    if not loss < found["baselines"]["mlm_loss"]:
+        wrong.append(f"held-out masked-LM loss {loss:.4f}: no better than word frequencies")
+    if not ours["seconds"] < theirs["seconds"]:
+        wrong.append(f"{ours['seconds']:.0f} s, transformers {theirs['seconds']:.0f} s")
+    apart = found["largest_difference_of_first_losses"]
+    if dropout == 0 and not apart <= APART:
+        wrong.append(f"losses of the first {TOGETHER} steps differ by {apart:.1e} of their size")
+    return wrong
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder for the results")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"updates ({STEPS})")
-    given = parser.parse_args(arguments)
-    settings = PretrainingSettings(**{**SETTINGS.__dict__, "steps": given.steps})
-    result = result_of(*compare(settings))
-    given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / f"{file_name('pretraining', result['machine'])}"
-    write_text(path.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
-    draw(result, given.out / "pretraining.png")
-    for name in ("largest_difference", "median_step_seconds", "total_step_seconds"):
-        progress(f"{name}: {result[name]}")
-    last = {who: losses[-1] for who, losses in result["held_out_mlm_loss"].items()}
-    progress(f"held-out masked-word loss: {last}; word frequency {result['baselines']['mlm_loss']}")
-    return 0
+    """Pre-train both, write and judge."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bertkern.benchmarks.tasks.pretraining",
+        description="Pre-train a small BERT from Python's documentation, here and in transformers, "
+        "from the same weights on the same batches.",
+    )
+    parser.add_argument("--steps", type=int, default=400, help="updates (default: 400)")
+    parser.add_argument("--dropout", type=float, default=0.0, help="rate (default: 0)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="PNG of the loss curves")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data and masks")
+    options = parser.parse_args(arguments)
+    facts = provenance(torch.device("cpu"))
+    settings = small_settings(options.steps, options.seed)
+    progress("reading the text")
+    documents = standard_library_text()
+    training, _ = split_documents(documents, HELD_OUT, options.seed)
+    tokenizer = train_tokenizer([s for document in training for s in document], VOCABULARY)
+    config = small_config(tokenizer.get_vocab_size(), options.dropout)
+    with tempfile.TemporaryDirectory() as folder:
+        found = compare(documents, tokenizer, config, settings, Path(folder))
+    result = {
+        "provenance": facts,
+        "dropout": options.dropout,
+        "config": config.to_dict(),
+        "settings": asdict(settings),
+        **found,
+    }
+    path = (options.results / file_name("pretraining", facts)).with_suffix(".json")
+    write_text(path, json.dumps(result, indent=1) + "\n")
+    losses = tuple(found[who]["losses"] for who in ("bertkern", "transformers"))
+    name = f"{found['parameters']:,} parameters, {options.steps} steps"
+    curves.draw(
+        options.picture,
+        f"Pre-training from the same weights\non the same batches, dropout {options.dropout:g}",
+        {name: (losses[0], losses[1])},
+        {name: found["relative_difference_of_losses"]},
+    )
+    print(f"held-out, by frequency alone: {_text(found['baselines'])}")
+    for who in ("bertkern", "transformers"):
+        print(f"{who:14} {found[who]['seconds']:5.0f} s  {_text(found[who]['held_out'])}")
+    apart = found["largest_difference_of_first_losses"]
+    print(f"losses of the first {TOGETHER} steps differ by at most {apart:.1e} of their size")
+    print(f"-> {path}, {options.picture}")
+    problems = verdict(found, options.dropout)
+    print("\n".join(problems) or "as good as transformers, in less time")
+    return 1 if problems else 0
+
+
+def _text(figures: dict[str, float]) -> str:
+    return " · ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
 
 if __name__ == "__main__":

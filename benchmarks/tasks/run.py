@@ -50,7 +50,7 @@ PICTURE = ROOT / "docs" / "tasks.png"
 MAX_LENGTH = 96  # no example of the three is longer, but for a few passages' ends
 WINDOWS = WindowSettings(max_length=192, stride=64, max_query_length=48)
 NEVER = 10**9  # evaluations and checkpoints: only at the end
-TOGETHER, APART = 20, 1e-3  # steps in which the losses may differ by no more than this part
+TOGETHER, APART = 20, 1e-4  # steps in which the losses may differ by no more than this part
 _TRAINING = FinetuningSettings(
     batch_size=16,
     learning_rate=1e-4,

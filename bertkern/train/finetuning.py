@@ -35,8 +35,8 @@ from .checkpoint import save_model
 from .curves import CURVES, check_matplotlib, draw_curves
 from .finetuning_tasks import TASKS, Data, FinetuningSettings, FinetuningTask
 from .history import History, StepRecord
-from .loop import CHECKPOINT, HISTORY, own_random_state, train
-from .pretraining import refuse_to_overwrite, runs_files
+from .loop import HISTORY, own_random_state, train
+from .pretraining import existing_checkpoint, refuse_to_overwrite, runs_files
 from .processes import Processes
 
 METRICS = "metrics.json"
@@ -116,9 +116,9 @@ def finetune(
     settings = settings or FinetuningSettings()
     processes = Processes(device)
     check_matplotlib()
-    if resume and not (out / CHECKPOINT).is_file():
-        raise FileNotFoundError(f"{out / CHECKPOINT}: no checkpoint to resume from")
-    if not resume and not overwrite:
+    if resume:
+        existing_checkpoint(out)
+    elif not overwrite:
         refuse_to_overwrite(out)
     _check_data(train_data, held_out, test)
     kind = TASKS[type(train_data)]
