@@ -17,6 +17,7 @@ import csv
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -129,9 +130,12 @@ def compare(
     initial.save_pretrained(folder / "initial")
 
     ours = Course()
+    done = time.perf_counter()
 
     def record(step: StepRecord) -> None:
-        ours.add(step.loss, step.tokens)
+        nonlocal done
+        before, done = done, time.perf_counter()
+        ours.add(step.loss, step.tokens, done - before)
 
     finetune(
         train_data,

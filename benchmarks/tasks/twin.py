@@ -10,7 +10,7 @@ Legend: B sequences, S the longest of them, T their tokens, C choices.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,28 +28,28 @@ from bertkern.train.settings import LoopSettings
 
 @dataclass
 class Course:
-    """What a training run was like: the loss of every step, and when the step was done.
+    """What a training run was like.
 
     Attributes:
-        losses: what was minimised, before each update.
-        times: seconds of a clock, after each update.
+        losses: what each step minimised, before its update.
+        durations: seconds of each step, the making of its batch included.
         tokens: of all steps together, padding apart.
     """
 
     losses: list[float] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
+    durations: list[float] = field(default_factory=list)
     tokens: int = 0
 
-    def add(self, loss: float, tokens: int) -> None:
-        """A step that is done just now."""
+    def add(self, loss: float, tokens: int, seconds: float) -> None:
+        """A step that is done."""
         self.losses.append(loss)
-        self.times.append(time.perf_counter())
+        self.durations.append(seconds)
         self.tokens += tokens
 
     @property
     def seconds(self) -> float:
-        """From the end of the first step, which warms up, to the end of the last."""
-        return self.times[-1] - self.times[0]
+        """Of all steps but the first, which warms up."""
+        return sum(self.durations[1:])
 
 
 def load(head: str, folder: Path) -> nn.Module:
@@ -93,30 +93,52 @@ def padded(arguments: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
     return found, mask
 
 
-def train(model: nn.Module, task: Task, settings: LoopSettings) -> Course:
-    """The plain loop: AdamW, linear warm-up and decay, clipped gradients."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True
-    )
-    course = Course()
-    model.train()
-    torch.manual_seed(settings.seed)
-    for step, batch in zip(range(settings.steps), _batches(task), strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate(step)
-        loss = loss_of(model, *padded(batch.part(0, len(batch)).arguments()))
+class Trainer:
+    """The plain loop's step: AdamW, linear warm-up and decay, clipped gradients.
+
+    Attributes:
+        course: the steps so far.
+    """
+
+    def __init__(self, model: nn.Module, settings: LoopSettings) -> None:
+        self.model, self.settings, self.course = model, settings, Course()
+        self.parameters = list(model.parameters())
+        matrices = [p for p in self.parameters if p.dim() > 1]
+        vectors = [p for p in self.parameters if p.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": settings.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=True,
+        )
+
+    def step(self, batch: Batch, since: float) -> None:
+        """One update; its batch was begun at the time `since`."""
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate(len(self.course.losses))
+        loss = loss_of(self.model, *padded(batch.part(0, len(batch)).arguments()))
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        course.add(loss.item(), int(batch.lengths.sum()))
-    model.eval()
-    return course
+        nn.utils.clip_grad_norm_(self.parameters, self.settings.max_gradient_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        tokens = int(batch.lengths.sum())
+        self.course.add(loss.item(), tokens, time.perf_counter() - since)
+        self.model.eval()
+
+
+def train(model: nn.Module, task: Task, settings: LoopSettings) -> Course:
+    """All steps of a task."""
+    trainer = Trainer(model, settings)
+    torch.manual_seed(settings.seed)
+    batches = _batches(task)
+    for _ in range(settings.steps):
+        since = time.perf_counter()
+        trainer.step(next(batches), since)
+    return trainer.course
 
 
 def loss_of(model: nn.Module, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:
@@ -165,6 +187,21 @@ def outputs(model: nn.Module, task: FinetuningTask[Any], data: Any) -> dict[str,
             found.setdefault(name, np.empty((size, *values.shape[1:]), np.float32))
             found[name][places] = values
     return found
+
+
+@torch.no_grad()
+def masked_lm_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
+    """The mean masked-LM loss of a BertForPreTraining over the batches' masked tokens."""
+    total = count = 0.0
+    for batch in batches:
+        inputs, _ = padded(batch.part(0, len(batch)).arguments())
+        labels = inputs.pop("labels")
+        del inputs["next_sentence_label"]
+        logits = model(**inputs).prediction_logits
+        chosen = labels != IGNORE_INDEX
+        total += float(nn.functional.cross_entropy(logits[chosen], labels[chosen], reduction="sum"))
+        count += int(chosen.sum())
+    return total / count
 
 
 def agreement(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:

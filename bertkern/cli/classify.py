@@ -1,7 +1,7 @@
 """bertkern classify: the label of each text, or pair of texts, by a fine-tuned BERT."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,8 +22,9 @@ def classify(
     files: Annotated[
         list[str] | None,
         typer.Argument(
-            help='Texts, one a line, or JSON lines {"text"} or {"text", "text_pair"}; `-` or '
-            "nothing is the standard input."
+            help='Texts, one a line, JSON lines {"text"} or {"text", "text_pair"}, or .tsv and '
+            ".csv with a header; columns as `finetune classification` finds them. `-` or nothing "
+            "is the standard input."
         ),
     ] = None,
     text: Annotated[
@@ -74,13 +75,14 @@ def classify(
 
 
 def _item(line: lines.Line, record: lines.Row) -> lines.Item:
-    text = lines.text_field(line, record, "text")
-    value: Any = text
-    given = {**line.place, **lines.identity(record), "text": text}
-    if record.get("text_pair") is not None:
-        given["text_pair"] = lines.text_field(line, record, "text_pair")
-        value = (text, given["text_pair"])
-    return lines.Item(line, given, value)
+    from bertkern.data.classification import text_columns
+
+    present = [name for name, value in record.items() if value is not None]
+    names = text_columns(present) or ["text"]
+    texts = [lines.text_field(line, record, name) for name in names]
+    given = {**line.place, **lines.identity(record)}
+    given |= dict(zip(("text", "text_pair"), texts, strict=False))
+    return lines.Item(line, given, texts[0] if len(texts) == 1 else tuple(texts))
 
 
 def _fields(classifier: "Classify") -> "Callable[[Classification], lines.Row]":

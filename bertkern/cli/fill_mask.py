@@ -104,5 +104,5 @@ def print_guesses(text: str, guesses: Iterable[Sequence[tuple[str, float]]]) -> 
     out.print(text, markup=False, style="bold")
     table = Table(box=None, show_header=False, pad_edge=False)
     for words in guesses:
-        table.add_row("  ", *[f"{word} {probability:.0%}" for word, probability in words])
+        table.add_row("  ", *[f"{word} {probability:.1%}" for word, probability in words])
     out.print(table)

@@ -21,7 +21,6 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from .console import CommandError, err, writable_folder
 
 STDIN = "-"
-_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 Value = TypeVar("Value")
 Row = dict[str, Any]
@@ -44,6 +43,13 @@ class Input(str, Enum):
 
     text = "text"
     jsonl = "jsonl"
+    table = "table"
+
+
+_SUFFIXES = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), Input.jsonl),
+    **dict.fromkeys((".tsv", ".csv"), Input.table),
+}
 
 
 class Format(str, Enum):
@@ -53,6 +59,12 @@ class Format(str, Enum):
     tsv = "tsv"
     csv = "csv"
     table = "table"
+
+
+_SUFFIXES = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), Input.jsonl),
+    **dict.fromkeys((".tsv", ".csv"), Input.table),
+}
 
 
 # Options that the commands have in common.
@@ -71,7 +83,8 @@ InputOption = Annotated[
     Input | None,
     typer.Option(
         "--input",
-        help="What a line is. Without it: JSON in files named .jsonl, .ndjson or .json, else text.",
+        help="What a line is. Without it: JSON in files named .jsonl, .ndjson or .json, a row "
+        "below a header in .tsv and .csv, else text.",
     ),
 ]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Most texts computed together.")]
@@ -165,22 +178,32 @@ def read_lines(sources: Sequence[str]) -> Iterator[Line]:
 
 
 def read_records(sources: Sequence[str], kind: Input | None) -> Iterator[tuple[Line, Row]]:
-    """Yield lines with their fields: of a JSON object, or {"text": the line}.
+    """Yield lines with their fields: of a JSON object or a table's row, or {"text": the line}.
 
     Args:
         sources: files; `-` is the standard input.
-        kind: what the lines are; None: JSON where the file's name says so.
+        kind: what the lines are; None: what the file's name says, else text. Tables (.tsv and
+            .csv with a header) are held in memory.
 
     Raises:
         CommandError: a line is no JSON object, or as `read_lines`.
+        ValueError: a table is malformed, or comes from the standard input.
         OSError: a file cannot be read.
     """
+    from bertkern.data.tables import read_table
+
     for source in sources:
-        json_lines = (
-            source.lower().endswith(_JSON_SUFFIXES) if kind is None else kind is Input.jsonl
-        )
+        suffix = Path(source).suffix.lower()
+        here = kind or _SUFFIXES.get(suffix, Input.text)
+        if here is Input.table:
+            if source == STDIN:
+                raise CommandError("the standard input takes --input text or jsonl, not table")
+            for row in read_table(source).rows:
+                place = {"source": source, "line": row.line}
+                yield Line(row.where, place, json.dumps(row.fields)), row.fields
+            continue
         for line in read_lines([source]):
-            yield line, parse_object(line) if json_lines else {"text": line.text}
+            yield line, parse_object(line) if here is Input.jsonl else {"text": line.text}
 
 
 def argument_records(records: Iterable[Row]) -> Iterator[tuple[Line, Row]]:

@@ -268,6 +268,8 @@ def pretrain(
         tokenizer = tokenizer or (resolve_folder(start) if start is not None else None)
         if processes.is_main and not resume:
             _tokenise(sources or [], text_column, tokenizer, sizes.vocab_size, folder)
+        elif processes.is_main:
+            out.print(f"resuming with the text in {corpus}, as the run began", markup=False)
         processes.wait()
         tokenizer = folder
     elif tokenizer is None:

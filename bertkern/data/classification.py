@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +37,7 @@ PAIR_COLUMNS = (
 """Columns of the two texts, as GLUE, SuperGLUE and most others call them."""
 
 TEXT_COLUMNS = ("sentence", "text", "review", "content", "title", "comment", "tweet")
+KNOWN_COLUMNS = ", ".join([*(" and ".join(pair) for pair in PAIR_COLUMNS), *TEXT_COLUMNS])
 LABEL_COLUMNS = (
     "label",
     "gold_label",
@@ -215,17 +216,21 @@ def _text_columns(table: Table, text: str | None, text_pair: str | None) -> list
         return given + ([table.require(text_pair, "the second text")] if text_pair else [])
     if text_pair is not None:
         raise ValueError(f"text_pair = {text_pair!r} needs the column of the first text, too")
-    for pair in PAIR_COLUMNS:
-        if all(column in table.columns for column in pair):
-            return list(pair)
-    single = table.find(TEXT_COLUMNS)
-    if single is None:
-        known = [" and ".join(pair) for pair in PAIR_COLUMNS] + list(TEXT_COLUMNS)
+    columns = text_columns(table.columns)
+    if not columns:
         raise ValueError(
-            f"{table.path}: no column with a common name for the text ({', '.join(known)}); "
+            f"{table.path}: no column with a common name for the text ({KNOWN_COLUMNS}); "
             f"{table.found}; name the column"
         )
-    return [single]
+    return columns
+
+
+def text_columns(columns: Collection[str]) -> list[str]:
+    """Those of the text, or of both texts of a pair, by their common names; none where none is."""
+    for pair in PAIR_COLUMNS:
+        if all(column in columns for column in pair):
+            return list(pair)
+    return [name for name in TEXT_COLUMNS if name in columns][:1]
 
 
 def _label_column(

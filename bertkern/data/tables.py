@@ -33,10 +33,11 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its fields by column name, and where it stands, for messages."""
+    """One row: where it stands, for messages; its fields by column; its line, if it has one."""
 
     where: str
     fields: dict[str, Any]
+    line: int | None = None
 
     def error(self, message: str) -> ValueError:
         """What is wrong with this row, to be raised."""
@@ -215,7 +216,7 @@ def _from_fields(path: Path, text: str, kind: str, columns: Sequence[str] | None
                 f"{path}: line {line}: {len(values)} field(s), but there must be {len(names)}: "
                 f"{', '.join(map(repr, names))}"
             )
-        rows.append(Row(f"{path}: line {line}", dict(zip(names, values, strict=True))))
+        rows.append(Row(f"{path}: line {line}", dict(zip(names, values, strict=True)), line))
     # the end of the last line is no blank line
     blank -= kind == "tsv" and text.endswith("\n")
     return _table(path, names or [], rows, blank)
@@ -256,7 +257,7 @@ def _from_json_lines(path: Path, text: str) -> Table:
             raise ValueError(
                 f"{path}: line {number}: a JSON object was expected, not {line.strip()[:80]}"
             )
-        rows.append(Row(f"{path}: line {number}", value))
+        rows.append(Row(f"{path}: line {number}", value, number))
         columns.update(dict.fromkeys(value))
     return _table(path, list(columns), rows, blank - text.endswith("\n"))
 

@@ -337,5 +337,9 @@ def assemble(
         of_head = [n.startswith(HEADS) for n in missing + misshapen]
         if not new_head and of_head and all(of_head):
             hint = " (new_head=True draws the tensors of head and pooler anew)"
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}{hint}")
+        made = model.config.extra.get("architectures")
+        what = f", it is of a {made[0]}" if made and made[0] != type(model).__name__ else ""
+        raise ValueError(
+            f"{path} does not fit {type(model).__name__}{what}: {'; '.join(problems)}{hint}"
+        )
     return parameters

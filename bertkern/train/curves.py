@@ -43,7 +43,7 @@ def draw_curves(history: History, metric: str, higher_is_better: bool, path: Pat
 
     figure = Figure(figsize=(9.6, 4.0), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    losses, metrics = figure.subplots(1, 2)
+    losses, metrics = figure.subplots(1, 2, sharex=True)
     for axis in (losses, metrics):
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlabel("step")
@@ -55,8 +55,8 @@ def draw_curves(history: History, metric: str, higher_is_better: bool, path: Pat
     losses.plot(steps, smooth(values), color=_TRAINING, label="training")
     if history.evaluations and "loss" in history.evaluations[0].figures:
         losses.plot(*history.curve("loss"), "o-", color=_HELD_OUT, markersize=4, label="held out")
-    losses.set_ylabel("loss")
-    losses.set_ylim(bottom=min(0.0, float(values.min(initial=0.0))))
+    names = list(history.steps[0].losses) if history.steps else []
+    losses.set_ylabel(f"loss ({' + '.join(names)})" if len(names) > 1 else "loss")
     losses.legend(frameon=False)
 
     metrics.plot(*history.curve(metric), "o-", color=_HELD_OUT, markersize=4)

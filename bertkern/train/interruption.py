@@ -20,7 +20,7 @@ class TrainingInterrupted(KeyboardInterrupt):
     def __init__(self, step: int, steps: int, checkpoint: Path | None) -> None:
         how = "no checkpoint was asked for"
         if checkpoint is not None:
-            how = f"checkpoint written to {checkpoint}; run again with resume to go on from there"
+            how = f"checkpoint written to {checkpoint}; --resume (resume=True) goes on from there"
         super().__init__(f"interrupted after step {step} of {steps}: {how}")
         self.step, self.steps, self.checkpoint = step, steps, checkpoint
 

@@ -299,7 +299,8 @@ def refuse_to_overwrite(folder: Path) -> None:
     """Raise FileExistsError where the folder holds an earlier run's checkpoint or model."""
     if old := runs_files(folder):
         raise FileExistsError(
-            f"{old[0]} exists: resume that run, choose another folder, or allow overwriting"
+            f"{old[0]} exists: resume that run (--resume), choose another "
+            "folder (--out), or allow overwriting (--overwrite)"
         )
 
 

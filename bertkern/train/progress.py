@@ -87,6 +87,16 @@ class TrainingProgress:
                 self._rates[i] = _smooth(self._rates[i], seconds / amount)
         if history.steps:
             self._loss = _smooth(self._loss, history.steps[-1].loss)
+        self._progress.advance(self._task)
+        self._show()
+
+    def evaluated(self, result: Evaluation) -> None:
+        """The held-out data were evaluated."""
+        value = result.figures[self._shown_figure]
+        self._held_out = f"held-out {self._shown_figure} {value:.3f}"
+        self._show()
+
+    def _show(self) -> None:
         parts = [] if self._loss is None else [f"loss {self._loss:.3f}"]
         parts += [self._held_out] if self._held_out else []
         a_token, a_sequence, a_flop = self._rates
@@ -96,12 +106,7 @@ class TrainingProgress:
             parts.append(f"{1 / a_sequence:,.1f} sequences/s")
         if a_flop and self._matrix_rate and self._is_wide:
             parts.append(f"MFU {1 / a_flop / self._matrix_rate:.0%}")
-        self._progress.update(self._task, advance=1, figures="  ".join(parts))
-
-    def evaluated(self, result: Evaluation) -> None:
-        """The held-out data were evaluated."""
-        value = result.figures[self._shown_figure]
-        self._held_out = f"held-out {self._shown_figure} {value:.3f}"
+        self._progress.update(self._task, figures="  ".join(parts))
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

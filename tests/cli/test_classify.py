@@ -101,3 +101,20 @@ def test_contradictions_are_refused(refused, folder, tmp_path):
 
 def test_a_model_without_the_head_is_refused(refused, pretrained_folder):
     assert "missing tensors" in refused("classify", "-t", "a", "-m", pretrained_folder)
+
+
+def test_tables_are_read_by_the_columns_that_fine_tuning_reads(run, refused, folder, tmp_path):
+    """A GLUE file, its label and index apart, gives what its two texts give."""
+    path = tmp_path / "dev.tsv"
+    path.write_text(f"index\tsentence1\tsentence2\tlabel\n0\t{TEXTS[0]}\t{TEXTS[1]}\tx\n")
+    row = json.loads(run("classify", path, "-m", folder).stdout)
+    assert (row["line"], row["text"], row["text_pair"]) == (2, TEXTS[0], TEXTS[1])
+    found = Classify.from_pretrained(folder)([(TEXTS[0], TEXTS[1])])[0]
+    assert row["probabilities"] == pytest.approx(found.scores, abs=1e-6)
+    lines = tmp_path / "dev.jsonl"
+    lines.write_text(json.dumps({"sentence1": TEXTS[0], "sentence2": TEXTS[1]}) + "\n")
+    same = json.loads(run("classify", lines, "-m", folder).stdout)
+    assert same["probabilities"] == row["probabilities"]
+    path.write_text("a\tb\n1\t2\n")
+    assert "line 2: no 'text'; found: 'a', 'b'" in refused("classify", path, "-m", folder)
+    assert "not table" in refused("classify", "-", "--input", "table", "-m", folder)
