@@ -333,7 +333,8 @@ def test_tensors_that_do_not_fit(change, message, tmp_path):
 def test_encoder_weights_do_not_make_a_pretraining_model(tmp_path):
     BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"does not fit BertForPreTraining, it is of a BertModel: missing tensors: cls\."
+        ValueError,
+        match=r"does not fit BertForPreTraining, it is of a BertModel: missing tensors: cls\.",
     ):
         BertForPreTraining.from_pretrained(tmp_path)
 
