@@ -75,7 +75,7 @@ def small_settings(steps: int, seed: int) -> PretrainingSettings:
     return PretrainingSettings(
         steps=steps,
         learning_rate=1.5e-3,
-        tokens_per_batch=512,
+        tokens_per_batch=1024,
         evaluation_tokens=16384,
         evaluate_every=100,
         checkpoint_every=NEVER,
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Pre-train a small BERT from Python's documentation, here and in transformers, "
         "from the same weights on the same batches.",
     )
-    parser.add_argument("--steps", type=int, default=800, help="updates (default: 800)")
+    parser.add_argument("--steps", type=int, default=1000, help="updates (default: 1000)")
     parser.add_argument("--dropout", type=float, default=0.0, help="rate (default: 0)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="PNG of the loss curves")
