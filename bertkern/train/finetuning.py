@@ -36,7 +36,12 @@ from .curves import CURVES, check_matplotlib, draw_curves
 from .finetuning_tasks import TASKS, Data, FinetuningSettings, FinetuningTask
 from .history import History, StepRecord
 from .loop import HISTORY, own_random_state, train
-from .pretraining import existing_checkpoint, refuse_to_overwrite, runs_files
+from .pretraining import (
+    existing_checkpoint,
+    refuse_to_overwrite,
+    refuse_to_replace_the_start,
+    runs_files,
+)
 from .processes import Processes
 
 METRICS = "metrics.json"
@@ -116,6 +121,7 @@ def finetune(
     settings = settings or FinetuningSettings()
     processes = Processes(device)
     check_matplotlib()
+    refuse_to_replace_the_start(out, model)
     if resume:
         existing_checkpoint(out)
     elif not overwrite:

@@ -26,7 +26,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """A block in which the first SIGINT or SIGTERM only sets `asked`; a second one acts as ever.
+    """A block in which SIGTERM and the first SIGINT only set `asked`; a later SIGINT acts as ever.
 
     Python delivers signals to the main thread: in another one, this does nothing.
     """
@@ -51,7 +51,8 @@ class Interruption:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        self._restore()
+        # Ctrl-C twice acts as ever; launchers send SIGTERM again and again
+        signal.signal(signal.SIGINT, self._before.get(signal.SIGINT) or signal.SIG_DFL)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

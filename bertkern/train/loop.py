@@ -203,6 +203,7 @@ class _Run:
     def go(self, bar: TrainingProgress, board: TensorBoard, interruption: Interruption) -> None:
         """All steps that are left."""
         settings, state = self.settings, self.state
+        self._start_sharding()
         if state.step == 0 and settings.evaluate_first and not state.history.evaluations:
             self._evaluate(bar, board)
         batches = self._batches()
@@ -235,6 +236,16 @@ class _Run:
         if self.keep_best:
             load_weights(self._best_path(), self.model)
 
+    def _start_sharding(self) -> None:
+        """Let FSDP2 see a whole forward first, by which it learns which module is the root."""
+        if self.settings.sharding == "ddp" or self.processes.count == 1:
+            return
+        state = self.state
+        for batch in self.task.batches(state.epoch, state.batch, state.epoch_step):
+            with torch.no_grad():
+                self.model(**self.processes.part_of(batch)[0].arguments(self.device))
+            return
+
     def _batches(self) -> Iterator[Batch]:
         """Batches without end, from where the state stands; it moves on as they are taken."""
         state = self.state
@@ -248,7 +259,10 @@ class _Run:
             state.epoch, state.batch, state.epoch_step = state.epoch + 1, 0, state.step
 
     def _step(self, batch: Batch) -> Tensor:
-        """One update; returns this process's share of each loss, still on the device."""
+        """One update; returns this process's share of each loss, and the gradients' norm.
+
+        They are still on the device. fp16 passes over updates that are not finite: its norm is 0.
+        """
         settings, task, processes = self.settings, self.task, self.processes
         self.model.train()
         parts = processes.parts_of(batch, settings.accumulate)
@@ -274,10 +288,12 @@ class _Run:
                 self.scaler.scale(weighted.sum() * processes.count).backward()
             losses += weighted.detach()
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_gradient_norm)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_gradient_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = torch.zeros_like(norm) if settings.precision == "fp16" else norm
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return losses
+        return torch.cat([losses, norm.reshape(1).to(losses)])
 
     def _shares(self, counts: list[dict[str, int]], counted: list[bool]) -> Tensor:
         """Each piece's weight in the mean of each loss over the whole batch, [pieces, losses]."""
@@ -296,11 +312,12 @@ class _Run:
             return
         values = self.processes.total(torch.stack([losses for _, losses in self.pending]))
         state = self.state
-        for (record, _), row in zip(self.pending, values.tolist(), strict=True):
+        for (record, _), (*row, norm) in zip(self.pending, values.tolist(), strict=True):
             record.losses = dict(zip(self.loss_names, row, strict=True))
-            if not math.isfinite(record.loss):
+            if not math.isfinite(record.loss + norm):
+                what = "gradient" if math.isfinite(record.loss) else "loss"
                 raise FloatingPointError(
-                    f"the loss of step {record.step} is not finite; a lower learning_rate "
+                    f"the {what} of step {record.step} is not finite; a lower learning_rate "
                     f"({self.settings.learning_rate}) may help"
                 )
             state.since_record.append((record.tokens, record.losses))

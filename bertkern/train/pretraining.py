@@ -236,6 +236,7 @@ def pretrain(
         old = runs_files(out)
         if not overwrite:
             refuse_to_overwrite(out)
+    refuse_to_replace_the_start(out, start)
     settings = settings or PretrainingSettings()
     if start is not None and tokenizer is None:
         tokenizer = load_tokenizer(start)
@@ -243,8 +244,8 @@ def pretrain(
         text, tokenizer, vocab_size, held_out, settings.seed
     )
     data, held_out_data = (
-        PretrainingData(corpus, tokenizer, settings.masking, settings.seed, workers=workers)
-        for corpus in (train_corpus, held_out_corpus)
+        PretrainingData(corpus, tokenizer, settings.masking, settings.seed, workers=count)
+        for corpus, count in ((train_corpus, workers), (held_out_corpus, 0))
     )
     with own_random_state(processes.device):
         torch.manual_seed(settings.seed)
@@ -282,6 +283,12 @@ def runs_files(folder: Path) -> list[Path]:
     """Files of an earlier run, which a new one would replace."""
     names = (CHECKPOINT, BEST, WEIGHTS, HISTORY)
     return [folder / name for name in names if (folder / name).exists()]
+
+
+def refuse_to_replace_the_start(folder: Path, start: str | os.PathLike[str] | None) -> None:
+    """Raise ValueError where a run would remove the weights that it begins with."""
+    if start is not None and Path(start).resolve() == folder.resolve():
+        raise ValueError(f"out = {folder} holds the weights to begin with: choose another folder")
 
 
 def existing_checkpoint(folder: Path) -> Path:

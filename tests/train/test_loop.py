@@ -246,6 +246,34 @@ def test_refusals(tmp_path):
             dataclasses.replace(SETTINGS, **changes)
 
 
+def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(tmp_path):
+    """The loss is finite in that step; the weights would no longer be."""
+
+    class Poisoned(LabelledSentences):
+        steps = 0
+
+        def losses(self, output):
+            self.steps += 1
+            if self.steps == 6:
+                output.logits.register_hook(lambda gradient: gradient * float("inf"))
+            return super().losses(output)
+
+    with pytest.raises(FloatingPointError, match="gradient of step 6 is not finite"):
+        run(tmp_path, task=Poisoned(), checkpoint_every=2)
+    assert read_state(tmp_path / CHECKPOINT).step == 4
+
+
+def test_launchers_send_sigterm_twice(tmp_path):
+    def stop(record):
+        if record.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(TrainingInterrupted, match="after step 3"):
+        run(tmp_path, on_step=stop)
+    assert read_state(tmp_path / CHECKPOINT).step == 3
+
+
 def test_curves_for_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
