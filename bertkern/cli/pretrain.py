@@ -332,6 +332,12 @@ def _tokenise(
         f"{corpus.documents:,} documents, {corpus.sentences:,} sentences, {corpus.tokens:,} "
         f"tokens of a vocabulary of {corpus.vocab_size:,}"
     )
+    if corpus.left_out:
+        out.print(
+            f"{corpus.left_out:,} documents with fewer than two sentences were left out: a "
+            "sentence ends at . ! ? before a capital or a digit",
+            style="yellow",
+        )
 
 
 def _print_summary(history: "History", folder: Path) -> None:

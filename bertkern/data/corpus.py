@@ -254,6 +254,8 @@ class Corpus:
                 os.replace(folder, replaced)
             os.replace(temporary, folder)
         finally:
+            if replaced.exists() and not folder.exists():
+                os.replace(replaced, folder)  # interrupted between the two
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
         return cls.open(folder)

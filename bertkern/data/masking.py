@@ -34,7 +34,7 @@ class MaskingSettings:
 
     Attributes:
         max_length: tokens of a sequence, special ones included.
-        masked_fraction: part of the tokens that is predicted.
+        masked_fraction: part of the tokens that is predicted; at least one of a sequence is.
         max_predictions: at most so many in a sequence; None for masked_fraction of max_length,
             rounded up.
         short_sequence_probability: how often a pair aims at a random shorter length.
@@ -69,7 +69,7 @@ class MaskingSettings:
         """The most predictions of one sequence."""
         if self.max_predictions is not None:
             return self.max_predictions
-        return int(np.ceil(self.masked_fraction * self.max_length))
+        return max(1, int(np.ceil(self.masked_fraction * self.max_length)))
 
 
 class Masker:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .text import Document, split_sentences
+from .text import HALF_PAIR, Document, has_half_pair, split_sentences
 
 TEXT, JSON_LINES, PARQUET = (".txt",), (".jsonl", ".ndjson", ".json"), (".parquet",)
 HUB = "hub:"
@@ -194,6 +194,8 @@ def _find(text_column: str, columns: Iterable[str], where: str) -> None:
 
 
 def _document(value: Any, text_column: str, where: str) -> Document:
+    if any(map(has_half_pair, value if isinstance(value, list) else [value])):
+        raise ValueError(f"{where}: the column {text_column!r} {HALF_PAIR}")
     if isinstance(value, str):
         return split_sentences(value)
     if isinstance(value, list) and all(isinstance(sentence, str) for sentence in value):

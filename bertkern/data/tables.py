@@ -15,10 +15,13 @@ import csv
 import io
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .text import HALF_PAIR, has_half_pair
 
 KINDS = {
     ".tsv": "tsv",
@@ -58,6 +61,8 @@ class Row:
         value = self.value(column)
         if not isinstance(value, str):
             raise self.error(f"{column!r} must be text, not {json.dumps(value)[:80]}")
+        if has_half_pair(value):
+            raise self.error(f"{column!r} {HALF_PAIR}")
         return value
 
     def texts(self, column: str) -> list[str]:
@@ -65,6 +70,8 @@ class Row:
         value = self.value(column)
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
             raise self.error(f"{column!r} must be a list of texts, not {json.dumps(value)[:80]}")
+        if any(map(has_half_pair, value)):
+            raise self.error(f"{column!r} {HALF_PAIR}")
         return value
 
 
@@ -229,6 +236,7 @@ def _tsv_records(text: str) -> Iterator[tuple[int, list[str]]]:
 
 def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
     """(line on which the record begins, fields); fields may hold line breaks."""
+    csv.field_size_limit(sys.maxsize)  # passages may be longer than the 131,072 of the module
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     first = 1
     while True:

@@ -19,8 +19,11 @@ import numpy as np
 
 Document = list[str]
 
-# a sentence ends at . ! or ? (and closing quotes), before a space and what can open a sentence
-_SENTENCE_END = re.compile(r"""(?<=[.!?])["')\]]*\s+(?=["'(\[]?[A-Z0-9])""")
+# a sentence ends at . ! or ? and closing quotes, before a space and what can open a sentence, and
+# at the full stops of Chinese and Japanese
+_SENTENCE_END = re.compile(
+    r"""[.!?]["')\]]*\s+(?=["'(\[]?[A-Z0-9])|[\u3002\uff01\uff1f]["')\]」』”]*"""
+)
 _ABBREVIATION = re.compile(
     r"(?:^|[\s(])(?:e\.g|i\.e|etc|cf|vs|Mr|Mrs|Ms|Dr|Prof|St|No|Fig|Sec|Vol|pp|[A-Z])\.$"
 )
@@ -36,14 +39,30 @@ _RST_MARK = re.compile(
 )
 
 
+HALF_PAIR = "holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+
+
+def has_half_pair(text: object) -> bool:
+    """Whether a text, as from JSON's escapes, has what UTF-8 and tokenizers cannot hold."""
+    return (
+        isinstance(text, str)
+        and not text.isascii()
+        and any("\ud800" <= character <= "\udfff" for character in text)
+    )
+
+
 def split_sentences(text: str) -> list[str]:
     """The sentences of a running text, white space normalised."""
+    text = " ".join(text.split())
     sentences: list[str] = []
-    for piece in _SENTENCE_END.split(" ".join(text.split())):
+    first = 0
+    for end in [*(found.end() for found in _SENTENCE_END.finditer(text)), len(text)]:
+        piece = text[first:end].strip()
         if sentences and _ABBREVIATION.search(sentences[-1]):
             sentences[-1] += " " + piece
         elif piece:
             sentences.append(piece)
+        first = end
     return sentences
 
 

@@ -293,12 +293,20 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         tokenizer.no_padding()
         return tokenizer
     try:
-        tokens = path.read_text(encoding="utf-8").splitlines()
-        settings = path.with_name("tokenizer_config.json")
-        lowercase = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
-        return wordpiece(
-            {token: i for i, token in enumerate(tokens)}, lowercase.get("do_lower_case", True)
+        # a line ends at \n alone: other breaks of Unicode are tokens of some vocabularies
+        lines = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+        beside = path.with_name("tokenizer_config.json")
+        settings = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+        tokenizer = wordpiece(
+            {token.rstrip("\r"): i for i, token in enumerate(lines)},
+            settings.get("do_lower_case", True),
         )
+        tokenizer.normalizer = normalizers.BertNormalizer(
+            lowercase=settings.get("do_lower_case", True),
+            strip_accents=settings.get("strip_accents"),
+            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        )
+        return tokenizer
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a WordPiece vocabulary ({error})") from error
 

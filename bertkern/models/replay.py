@@ -91,7 +91,7 @@ class ReplayedForward:
     def __init__(self, model: nn.Module, forward: Forward, longest: int) -> None:
         self.model, self.forward, self.longest = model, forward, longest
         self._graphs: dict[int, tuple[PackedTokens, Outputs, Callable[[], None]]] = {}
-        self._weights: int | None = None
+        self._weights: tuple[int, ...] = ()
         self._lock = threading.Lock()
         self._usable = True
 
@@ -111,7 +111,7 @@ class ReplayedForward:
 
     def replayed(self, batch: PackedTokens, budget: int) -> Outputs:
         """The outputs of a batch, by the graph for `budget` tokens, recorded if need be."""
-        weights = next(self.model.parameters()).data_ptr()
+        weights = tuple(parameter.data_ptr() for parameter in self.model.parameters())
         if weights != self._weights:
             self._graphs.clear()
             self._weights = weights

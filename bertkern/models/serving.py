@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bertkern.data.features import TokenSequence
 from bertkern.data.packing import cumulative_lengths, to_device
+from bertkern.data.text import HALF_PAIR, has_half_pair
 
 Text = str | tuple[str, str]
 Item = TypeVar("Item")
@@ -182,8 +183,8 @@ def check_text(text: object, index: int) -> None:
     """Raise as `tokenize` unless `text`, of the input's `index`, is a string of characters."""
     if not isinstance(text, str):
         raise TypeError(f"input {index}: texts must be strings, not {type(text).__name__}")
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise InputError(index, "the text holds half of a surrogate pair (\\ud800 to \\udfff)")
+    if has_half_pair(text):
+        raise InputError(index, f"the text {HALF_PAIR}")
 
 
 def check_stream(texts: object, batch_size: int, window: int = 1) -> None:

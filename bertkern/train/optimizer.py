@@ -90,11 +90,7 @@ def _ratio(parameter: Tensor, update: Tensor, packed: int) -> Tensor:
 
 
 def make_optimizer(model: nn.Module, settings: LoopSettings) -> torch.optim.Optimizer:
-    """The optimizer that the settings name, over a model's parameters.
-
-    Raises:
-        NotImplementedError: LAMB over sharded parameters, whose norms no process knows.
-    """
+    """The optimizer that the settings name, over a model's parameters."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     vectors = [p for _, p in named if p.dim() <= 1]
     if settings.optimizer == "adamw":
@@ -109,8 +105,6 @@ def make_optimizer(model: nn.Module, settings: LoopSettings) -> torch.optim.Opti
             eps=settings.eps,
             fused=True,
         )
-    if any(hasattr(p, "full_tensor") for _, p in named):
-        raise NotImplementedError("optimizer = 'lamb' with sharded parameters; use 'adamw' or DDP")
     groups = [
         {
             "params": [p for n, p in named if p.dim() > 1 and (".qkv." in n) == (packed == 3)],

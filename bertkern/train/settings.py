@@ -71,6 +71,11 @@ class LoopSettings:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        if self.optimizer == "lamb" and self.sharding == "fsdp":
+            raise ValueError(
+                "optimizer = 'lamb' needs sharding = 'ddp', not 'fsdp': with parameters in parts "
+                "no process knows their norms"
+            )
         if self.precision == "fp16" and self.sharding == "fsdp":
             raise ValueError(
                 "precision = 'fp16' needs sharding = 'ddp'; 'fsdp' takes fp32 and bf16"

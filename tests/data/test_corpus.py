@@ -238,3 +238,23 @@ def test_damaged_meta(folder, change, message):
     (folder / META).write_text('{"format": 1,')
     with pytest.raises(ValueError, match=r"meta.json: damaged"):
         Corpus.open(folder)
+
+
+def test_an_interrupted_overwrite_keeps_the_old_corpus(tokenizer, tmp_path, monkeypatch):
+    """Stopped between putting the old one aside and the new one in its place."""
+    folder = tmp_path / "corpus"
+    before = Corpus.build(DOCUMENTS, tokenizer, folder).fingerprint
+    replace, calls = os.replace, []
+
+    def stopped(source, target):
+        if str(source).endswith(".tmp") and str(target) == str(folder):
+            calls.append(target)
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("bertkern.data.corpus.os.replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        Corpus.build(DOCUMENTS[:4], tokenizer, folder, overwrite=True)
+    assert calls
+    assert Corpus.open(folder).fingerprint == before
+    assert list(tmp_path.iterdir()) == [folder]

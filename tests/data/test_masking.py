@@ -174,6 +174,14 @@ def test_the_limit_holds(tokenizer):
         assert np.add.reduceat(chosen, cumulative_lengths(lengths)[:-1], dtype=int).max() == 3
 
 
+def test_less_than_one_wanted_is_one(tokenizer):
+    settings = MaskingSettings(LENGTH, masked_fraction=0.0)
+    original, lengths, keys = sequences(tokenizer, 50)
+    _, chosen = Masker(tokenizer, settings).mask(original, lengths, keys)
+    counts = np.add.reduceat(chosen, cumulative_lengths(lengths)[:-1], dtype=int)
+    assert (counts == 1).all()
+
+
 def test_more_wanted_than_there_is(tokenizer):
     """Everything but [CLS] and [SEP] is chosen, and no more."""
     for whole_word in (False, True):

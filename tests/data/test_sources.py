@@ -168,3 +168,11 @@ def test_files_are_not_held_in_memory(tmp_path):
     tracemalloc.stop()
     assert count == 6_000
     assert peak < 1_000_000
+
+
+@pytest.mark.parametrize("value", [r'"\ud83d"', r'["fine", "\ud83d"]'])
+def test_half_a_surrogate_pair_is_named(tmp_path, value):
+    path = tmp_path / "half.jsonl"
+    path.write_text(f'{{"text": "Fine."}}\n{{"text": {value}}}\n')
+    with pytest.raises(ValueError, match=r"half.jsonl: line 2: .*'text' holds half of a surrogate"):
+        list(stream_documents([str(path)]))

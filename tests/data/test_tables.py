@@ -79,3 +79,20 @@ def test_a_missing_file_and_fields_of_the_wrong_type(write, tmp_path):
         other.text("a")
     with pytest.raises(ValueError, match=r"line 2: 'b' must be a list of texts"):
         other.texts("b")
+
+
+def test_a_passage_may_be_longer_than_the_csv_module_allows(tmp_path):
+    path = tmp_path / "long.csv"
+    passage = "word " * 40_000
+    path.write_text(f'text,label\n"{passage}",1\n')
+    (row,) = read_table(path).rows
+    assert row.text("text") == passage
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path):
+    path = tmp_path / "half.jsonl"
+    path.write_text('{"text": "fine", "words": ["a"]}\n{"text": "\\ud83d", "words": ["\\ud83d"]}\n')
+    _, row = read_table(path).rows
+    for read in (lambda: row.text("text"), lambda: row.texts("words")):
+        with pytest.raises(ValueError, match=r"half.jsonl: line 2: .* holds half of a surrogate"):
+            read()

@@ -42,3 +42,21 @@ def test_standard_library_text():
     assert sum(map(len, sentences)) > 500_000
     letters = sum(c.isalpha() or c == " " for s in sentences for c in s)
     assert letters > 0.9 * sum(map(len, sentences))
+
+
+def test_closing_quotes_stay_with_their_sentence():
+    text = 'He said "Go now." Then (at last!) he went. [Or not?] Who knows.'
+    assert split_sentences(text) == [
+        'He said "Go now."',
+        "Then (at last!) he went.",
+        "[Or not?]",
+        "Who knows.",
+    ]
+
+
+def test_chinese_sentences_need_no_space():
+    assert split_sentences("第一句话。\n第二句话\uff01第三\uff1f") == [
+        "第一句话。",
+        "第二句话\uff01",
+        "第三\uff1f",
+    ]

@@ -1,5 +1,6 @@
 """Tokenizers: the same vocabulary in every process, files that transformers reads, bad files."""
 
+import json
 import subprocess
 import sys
 
@@ -185,3 +186,32 @@ EMPTY = (
     '"pre_tokenizer":null,"post_processor":null,"decoder":null,'
     '"model":{"type":"WordLevel","vocab":{},"unk_token":"[UNK]"}}'
 )
+
+
+@pytest.mark.parametrize("settings", [{}, {"strip_accents": False}, {"do_lower_case": False}])
+def test_a_vocabulary_is_read_as_transformers_reads_it(tmp_path, settings):
+    """Its settings, and tokens that are line breaks of Unicode, which end no line of the file."""
+    tokens = [
+        *SPECIAL_TOKENS,
+        "\u2028",
+        "\x85",
+        "über",
+        "uber",
+        "Über",
+        "中",
+        "国",
+        "中国",
+        "hello",
+    ]
+    (tmp_path / "vocab.txt").write_bytes("".join(f"{t}\n" for t in tokens).encode())
+    for chinese in (True, False):
+        entries = {
+            "tokenizer_class": "BertTokenizer",
+            "tokenize_chinese_chars": chinese,
+            **settings,
+        }
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(entries))
+        text = "Über 中国 hello"
+        theirs = transformers.BertTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
+        assert load_tokenizer(tmp_path).encode(text).ids == theirs
+        assert theirs[-2] == tokens.index("hello")

@@ -120,6 +120,20 @@ def test_moved_weights_are_recorded_anew(head, recorded):
     assert len(recorded) == 2
 
 
+@torch.inference_mode()
+def test_a_new_head_is_recorded_anew(head, recorded):
+    """The first parameter is where it was."""
+    model, forward = head
+    replayed = ReplayedForward(model, forward, 96)
+    batch = random_batch(8)
+    replayed.replayed(batch, 64)
+    last = list(model.parameters())[-1]
+    last.data = last.data + 1.0
+    (first, *_) = replayed.replayed(batch, 64)
+    torch.testing.assert_close(first, forward(batch)[0], rtol=1e-5, atol=1e-5)
+    assert len(recorded) == 2
+
+
 def test_budgets():
     assert token_budget(random_batch(3)) == 64
     assert token_budget(random_batch(64)) == 64

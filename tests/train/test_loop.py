@@ -241,6 +241,11 @@ def test_refusals(tmp_path):
         ({"precision": "fp8"}, "precision must be one of"),
         ({"warmup_fraction": 1.5}, r"warmup_fraction must be in 0..1, not 1.5"),
         ({"patience": 0}, "patience must be at least 1, not 0"),
+        ({"optimizer": "lamb", "sharding": "fsdp"}, "'lamb' needs sharding = 'ddp', not 'fsdp'"),
+        (
+            {"precision": "fp16", "sharding": "fsdp"},
+            "'fp16' needs sharding = 'ddp'; 'fsdp' takes fp32",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(SETTINGS, **changes)

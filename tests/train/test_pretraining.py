@@ -305,6 +305,13 @@ def test_a_corpus_on_disk_and_workers_give_the_same_run(documents, finished, tmp
         run(corpus, tmp_path / "other")
 
 
+def test_the_weights_to_begin_with_are_not_removed(documents, finished):
+    before = (finished.out / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds the weights to begin with: choose another folder"):
+        run(documents, finished.out, start=finished.out, config=None, overwrite=True)
+    assert (finished.out / "model.safetensors").read_bytes() == before
+
+
 def test_going_on_from_other_weights(documents, finished, tmp_path):
     result = run(documents, tmp_path, start=finished.out, config=None, settings={"steps": 1})
     before = finished.history.evaluations[-1].figures["mlm_loss"]
