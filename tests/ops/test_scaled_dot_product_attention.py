@@ -94,7 +94,10 @@ def test_masks(backend, device, name):
 
 
 def test_a_float_mask_of_minus_infinity_and_whole_rows(backend, device):
-    """Rows without a key give 0, as torch gives them, and no gradient anywhere."""
+    """Rows without a key give 0, as torch gives them, and no gradient anywhere.
+
+    torch's own output in 16 bits depends on the processor, so the truth is its output in fp64.
+    """
     dtype = finest_dtype(backend)
     skip_unless_computable("attention", backend, dtype, device)
     torch.manual_seed(0)
@@ -106,7 +109,11 @@ def test_a_float_mask_of_minus_infinity_and_whole_rows(backend, device):
     with bertkern.backend(backend):
         out = bertkern.scaled_dot_product_attention(q, k, v, mask)
         grads = torch.autograd.grad(out.square().sum(), (q, k, v))
-    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, mask))
+        exact, same = (
+            F.scaled_dot_product_attention(*(t.to(d) for t in (q, k, v, mask)))
+            for d in (torch.float64, dtype)
+        )
+    assert_close(out, exact, same)
     assert (out[:, :, 3] == 0).all()
     assert (grads[0][:, :, 3] == 0).all()
     assert all(g.isfinite().all() for g in grads)
