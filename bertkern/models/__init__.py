@@ -1,4 +1,5 @@
-"""Models: BERT with the heads of pre-training and of every task, what serves them, their files."""
+"""Models: BERT with the heads of pre-training and of every task, the Transformer, what serves them,
+their files."""
 
 from .answer import Answer, Answered
 from .attention_map import attention_map
@@ -24,6 +25,8 @@ from .fill_mask import FilledText, FillMask, Guess
 from .onnx import export_onnx
 from .sentence_encoder import Embedding, SentenceEncoder
 from .serving import InputError
+from .transformer import Transformer, TransformerOutput
+from .transformer_config import TransformerConfig
 
 __all__ = [
     "Answer",
@@ -48,6 +51,9 @@ __all__ = [
     "Guess",
     "InputError",
     "SentenceEncoder",
+    "Transformer",
+    "TransformerConfig",
+    "TransformerOutput",
     "attention_map",
     "convert_folder",
     "export_onnx",

@@ -13,7 +13,7 @@ import os
 import pickle
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -130,9 +130,16 @@ class PretrainedModel(nn.Module):
         write_model(folder, self.config, type(self).__name__, tensors)
 
 
+class Config(Protocol):
+    """What is written as config.json."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its entries."""
+
+
 def write_model(
     folder: str | os.PathLike[str],
-    config: BertConfig,
+    config: Config,
     architecture: str,
     tensors: dict[str, Tensor],
 ) -> None:
@@ -321,15 +328,7 @@ def assemble(
             misshapen += [f"{n} is {list(stored[n].shape)}, not {list(shape)}" for n in wrong]
     foreign_heads = tuple(h for h in HEADS if not any(n.startswith(h) for n in needed))
     unexpected = [n for n in stored if n not in needed and not n.startswith(foreign_heads)]
-    problems = [
-        f"{what}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
-        for what, names in (
-            ("missing tensors", missing),
-            ("unexpected tensors", unexpected),
-            ("tensors whose shape is not the config's", misshapen),
-        )
-        if names
-    ]
+    problems = mismatches(missing, unexpected, misshapen)
     if decoder is not None and "cls.predictions." not in foreign_heads:
         problems.append("cls.predictions.decoder.weight is not the word embedding (untied)")
     if problems:
@@ -343,3 +342,16 @@ def assemble(
             f"{path} does not fit {type(model).__name__}{what}: {'; '.join(problems)}{hint}"
         )
     return parameters
+
+
+def mismatches(missing: list[str], unexpected: list[str], misshapen: list[str]) -> list[str]:
+    """How a file's tensors differ from a model's, for a message."""
+    return [
+        f"{what}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
+        for what, names in (
+            ("missing tensors", missing),
+            ("unexpected tensors", unexpected),
+            ("tensors whose shape is not the config's", misshapen),
+        )
+        if names
+    ]

@@ -1,7 +1,9 @@
-"""Post-LN Transformer encoder layer on unpadded tokens (Vaswani et al. 2017, BERT).
+"""Transformer encoder layer on unpadded tokens (Vaswani et al. 2017, BERT).
 
     h = LayerNorm(x + dropout(attention(x)))
     y = LayerNorm(h + dropout(feed_forward(h)))
+
+or with the LayerNorms before the sublayers (`sublayers.py`).
 
 Legend: T tokens of a batch without padding.
 """
@@ -12,6 +14,7 @@ from .attention import MultiHeadAttention
 from .feed_forward import FeedForward
 from .layer_norm import LayerNorm
 from .layout import TokenLayout
+from .sublayers import apply_sublayers
 
 SEEDS_PER_LAYER = 3  # attention weights, and the output of each of the two sublayers
 
@@ -25,6 +28,7 @@ class EncoderLayer(nn.Module):
         dropout: probability of dropping a value of a sublayer's output in training.
         attention_dropout: probability of dropping an attention weight in training.
         eps: of both LayerNorms.
+        prenorm: LayerNorms before the sublayers, not after the sums.
     """
 
     def __init__(
@@ -36,9 +40,11 @@ class EncoderLayer(nn.Module):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         eps: float = 1e-12,
+        prenorm: bool = False,
     ) -> None:
         super().__init__()
         self.dropout = dropout
+        self.prenorm = prenorm
         self.attention = MultiHeadAttention(hidden_size, num_heads, attention_dropout)
         self.attention_norm = LayerNorm(hidden_size, eps)
         self.feed_forward = FeedForward(hidden_size, intermediate_size, activation)
@@ -53,11 +59,15 @@ class EncoderLayer(nn.Module):
             seeds: int64 [SEEDS_PER_LAYER] on x's device, for the dropouts; None lets each op draw
                 its own.
         """
-        attention_seed, output_seed, ffn_seed = (
-            (None, None, None) if seeds is None else seeds.unbind()
+        attention_seed, *output_seeds = [None] * SEEDS_PER_LAYER if seeds is None else seeds
+        return apply_sublayers(
+            x,
+            [
+                (self.attention_norm, lambda h: self.attention(h, layout, attention_seed)),
+                (self.feed_forward_norm, self.feed_forward),
+            ],
+            self.prenorm,
+            self.dropout if self.training else 0.0,
+            output_seeds,
+            layout.dropout_rows,
         )
-        dropout = self.dropout if self.training else 0.0
-        attended = self.attention(x, layout, attention_seed)
-        rows = layout.dropout_rows
-        h = self.attention_norm.add(attended, x, dropout, output_seed, rows)
-        return self.feed_forward_norm.add(self.feed_forward(h), h, dropout, ffn_seed, rows)

@@ -47,6 +47,28 @@ class LayerNorm(nn.Module):
         )
         return cast(Tensor, y)  # one tensor, as prenorm is off
 
+    def add_and_sum(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        dropout_p: float = 0.0,
+        dropout_seed: Tensor | None = None,
+        dropout_rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(LayerNorm(z), z) with z = residual + dropout(x), in one pass; all [T, hidden]."""
+        y = ops.dropout_add_layer_norm(
+            x,
+            residual,
+            self.weight,
+            self.bias,
+            dropout_p,
+            self.eps,
+            prenorm=True,
+            dropout_seed=dropout_seed,
+            dropout_rows=dropout_rows,
+        )
+        return cast(tuple[Tensor, Tensor], y)
+
     def extra_repr(self) -> str:
         """Sizes, for print(module)."""
         return f"{self.weight.shape[0]}, eps={self.eps}"

@@ -1,0 +1,566 @@
+"""The Transformer against a plain build of the paper, against torch's, and against itself."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from bertkern.models import Transformer, TransformerConfig
+from bertkern.nn import sinusoidal_positions
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0}
+SOURCE_LENGTHS, TARGET_LENGTHS = (9, 1, 14, 5), (4, 11, 1, 7)
+STYLES = pytest.mark.parametrize("prenorm", [False, True], ids=["post_ln", "pre_ln"])
+
+
+class PaperTransformer(nn.Module):
+    """Sections 3.1 to 3.5 of the paper, one sequence at a time, from a Transformer's weights."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.weights = nn.ParameterDict(
+            {name.replace(".", "/"): p.detach().clone() for name, p in model.named_parameters()}
+        )
+        self.config = model.config
+
+    def forward(self, sources, targets):
+        """Two lists of id lists -> list of logits [T, V]."""
+        return [self.predict(self.encode(s), t) for s, t in zip(sources, targets, strict=True)]
+
+    def w(self, name):
+        return self.weights[name.replace(".", "/")]
+
+    def embed(self, ids):
+        d = self.config.hidden_size
+        table = torch.zeros(len(ids), d, dtype=torch.float64)
+        for p in range(len(ids)):
+            for i in range(d // 2):
+                angle = p / 10000 ** (2 * i / d)
+                table[p, 2 * i], table[p, 2 * i + 1] = math.sin(angle), math.cos(angle)
+        words = self.w("embedding.weight")[torch.tensor(ids, dtype=torch.int64)]
+        return words * math.sqrt(d) + table.to(words.dtype)
+
+    def norm(self, name, x):
+        size = (x.shape[-1],)
+        eps = self.config.layer_norm_eps
+        return F.layer_norm(x, size, self.w(f"{name}.weight"), self.w(f"{name}.bias"), eps)
+
+    def attend(self, name, projections, q_in, kv_in, causal):
+        heads = self.config.num_attention_heads
+        (wq, bq), (wk, bk), (wv, bv) = projections
+        q, k, v = q_in @ wq.T + bq, kv_in @ wk.T + bk, kv_in @ wv.T + bv
+        out = []
+        for h in range(heads):
+            columns = slice(h * q.shape[1] // heads, (h + 1) * q.shape[1] // heads)
+            scores = q[:, columns] @ k[:, columns].T / math.sqrt(q.shape[1] // heads)
+            if causal:
+                scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -math.inf)
+            out.append(scores.softmax(-1) @ v[:, columns])
+        return torch.cat(out, 1) @ self.w(f"{name}.output.weight").T + self.w(f"{name}.output.bias")
+
+    def self_attention(self, name, x, causal):
+        parts = zip(
+            self.w(f"{name}.qkv.weight").chunk(3), self.w(f"{name}.qkv.bias").chunk(3), strict=True
+        )
+        return self.attend(name, list(parts), x, x, causal)
+
+    def cross_attention(self, name, x, source):
+        query = (self.w(f"{name}.query.weight"), self.w(f"{name}.query.bias"))
+        parts = zip(
+            self.w(f"{name}.kv.weight").chunk(2), self.w(f"{name}.kv.bias").chunk(2), strict=True
+        )
+        return self.attend(name, [query, *parts], x, source, False)
+
+    def feed_forward(self, name, x):
+        h = F.relu(x @ self.w(f"{name}.up.weight").T + self.w(f"{name}.up.bias"))
+        return h @ self.w(f"{name}.down.weight").T + self.w(f"{name}.down.bias")
+
+    def sublayer(self, norm, x, function):
+        if self.config.prenorm:
+            return x + function(self.norm(norm, x))
+        return self.norm(norm, x + function(x))
+
+    def encode(self, ids):
+        x = self.embed(ids)
+        for i in range(self.config.num_layers):
+            at = f"encoder.{i}"
+            x = self.sublayer(
+                f"{at}.attention_norm",
+                x,
+                lambda h, at=at: self.self_attention(f"{at}.attention", h, False),
+            )
+            x = self.sublayer(
+                f"{at}.feed_forward_norm",
+                x,
+                lambda h, at=at: self.feed_forward(f"{at}.feed_forward", h),
+            )
+        return self.norm("encoder_norm", x) if self.config.prenorm else x
+
+    def predict(self, source, ids):
+        y = self.embed(ids)
+        for i in range(self.config.num_layers):
+            at = f"decoder.{i}"
+            y = self.sublayer(
+                f"{at}.attention_norm",
+                y,
+                lambda h, at=at: self.self_attention(f"{at}.attention", h, True),
+            )
+            y = self.sublayer(
+                f"{at}.cross_attention_norm",
+                y,
+                lambda h, at=at: self.cross_attention(f"{at}.cross_attention", h, source),
+            )
+            y = self.sublayer(
+                f"{at}.feed_forward_norm",
+                y,
+                lambda h, at=at: self.feed_forward(f"{at}.feed_forward", h),
+            )
+        y = self.norm("decoder_norm", y) if self.config.prenorm else y
+        return y @ self.w("embedding.weight").T
+
+
+def sequences(lengths, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(4, 61, (n,), generator=generator).tolist() for n in lengths]
+
+
+def padded(rows, fill=0):
+    """(ids [B, S], mask [B, S]); garbage at padding, which must not be seen."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), fill)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+    return ids, mask
+
+
+def packed(rows, side, longest=None):
+    lengths = torch.tensor([len(row) for row in rows])
+    return {
+        f"{side}_ids": torch.tensor([i for row in rows for i in row]),
+        f"{side}_cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)).int(),
+        f"{side}_max_seqlen": longest or int(lengths.max()),
+    }
+
+
+@pytest.fixture
+def texts():
+    sources, targets = sequences(SOURCE_LENGTHS, 1), sequences(TARGET_LENGTHS, 2)
+    labels = [[*row[1:], 3] for row in targets]
+    labels[1][4] = -100
+    return sources, targets, labels
+
+
+def make(prenorm=False, dtype=torch.float32, **changes):
+    torch.manual_seed(5)
+    model = Transformer(TransformerConfig(**{**SIZES, **NO_DROPOUT, "prenorm": prenorm, **changes}))
+    with torch.no_grad():  # biases and LayerNorms that do something
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.to(dtype)
+
+
+@STYLES
+@pytest.mark.parametrize("way", ["padded", "packed"])
+def test_loss_logits_and_gradients_are_the_papers(texts, prenorm, way):
+    """fp32 to 1e-5 of a plain build with the same weights; label smoothing is torch's."""
+    sources, targets, labels = texts
+    model = make(prenorm)
+    if way == "padded":
+        (source, source_mask), (target, target_mask) = padded(sources, 60), padded(targets, 59)
+        arguments = {
+            "source_ids": source,
+            "target_ids": target,
+            "source_mask": source_mask,
+            "target_mask": target_mask,
+            "labels": padded(labels, 7)[0],
+        }
+    else:
+        arguments = {**packed(sources, "source"), **packed(targets, "target")}
+        arguments["labels"] = torch.tensor([i for row in labels for i in row])
+    output = model.train()(**arguments, return_logits=True)
+    output.loss.backward()
+    plain = PaperTransformer(model).double()
+    logits = plain(sources, targets)
+    truth = torch.tensor([i for row in labels for i in row])
+    loss = F.cross_entropy(torch.cat(logits), truth, label_smoothing=0.1)
+    loss.backward()
+    rows = output.logits
+    if way == "padded":
+        assert (rows[~target_mask] == 0).all()
+        rows = rows[target_mask]
+    torch.testing.assert_close(rows.double(), torch.cat(logits), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.loss.double(), loss, rtol=1e-5, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        expected = plain.w(name).grad
+        torch.testing.assert_close(
+            parameter.grad.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()
+        )
+
+
+def test_smoothing_is_of_training_alone(texts):
+    sources, targets, labels = texts
+    model = make(dtype=torch.float64)
+    arguments = {**packed(sources, "source"), **packed(targets, "target")}
+    truth = torch.tensor([i for row in labels for i in row])
+    logits = model(**arguments).logits
+    for training, smoothing in ((True, 0.1), (False, 0.0)):
+        model.train(training)
+        expected = F.cross_entropy(logits, truth, label_smoothing=smoothing)
+        torch.testing.assert_close(model(**arguments, labels=truth).loss, expected)
+
+
+@STYLES
+def test_is_nn_transformer(prenorm):
+    """torch's has a LayerNorm after its last layers always; here pre-LN has it."""
+    model = make(prenorm, torch.float64).eval()
+    config = model.config
+    theirs = nn.Transformer(
+        32, 4, 3, 3, 48, 0.0, "relu", batch_first=True, norm_first=prenorm, layer_norm_eps=1e-6
+    )
+    theirs = theirs.double().eval()
+    if not prenorm:
+        theirs.encoder.norm = theirs.decoder.norm = None
+    pairs = []
+    for i in range(config.num_layers):
+        ours, other = model.encoder[i], theirs.encoder.layers[i]
+        pairs += [
+            (other.self_attn.in_proj_weight, ours.attention.qkv.weight),
+            (other.self_attn.in_proj_bias, ours.attention.qkv.bias),
+            (other.self_attn.out_proj, ours.attention.output),
+            (other.linear1, ours.feed_forward.up),
+            (other.linear2, ours.feed_forward.down),
+            (other.norm1, ours.attention_norm),
+            (other.norm2, ours.feed_forward_norm),
+        ]
+        ours, other = model.decoder[i], theirs.decoder.layers[i]
+        cross = ours.cross_attention
+        pairs += [
+            (other.self_attn.in_proj_weight, ours.attention.qkv.weight),
+            (other.self_attn.in_proj_bias, ours.attention.qkv.bias),
+            (other.self_attn.out_proj, ours.attention.output),
+            (
+                other.multihead_attn.in_proj_weight,
+                torch.cat((cross.query.weight, cross.kv.weight)),
+            ),
+            (other.multihead_attn.in_proj_bias, torch.cat((cross.query.bias, cross.kv.bias))),
+            (other.multihead_attn.out_proj, cross.output),
+            (other.linear1, ours.feed_forward.up),
+            (other.linear2, ours.feed_forward.down),
+            (other.norm1, ours.attention_norm),
+            (other.norm2, ours.cross_attention_norm),
+            (other.norm3, ours.feed_forward_norm),
+        ]
+    if prenorm:
+        pairs += [
+            (theirs.encoder.norm, model.encoder_norm),
+            (theirs.decoder.norm, model.decoder_norm),
+        ]
+    with torch.no_grad():
+        for there, here in pairs:
+            if isinstance(there, nn.Module):
+                there.weight.copy_(here.weight)
+                there.bias.copy_(here.bias)
+            else:
+                there.copy_(here)
+    (source, source_mask), (target, target_mask) = (
+        padded(sequences(lengths, 4)) for lengths in (SOURCE_LENGTHS, TARGET_LENGTHS)
+    )
+    embedded = [
+        model.embedding(ids) * math.sqrt(32) + sinusoidal_positions(ids.shape[1], 32)
+        for ids in (source, target)
+    ]
+    y = theirs(
+        *embedded,
+        tgt_mask=nn.Transformer.generate_square_subsequent_mask(
+            target.shape[1], dtype=torch.float64
+        ),
+        src_key_padding_mask=~source_mask,
+        memory_key_padding_mask=~source_mask,
+    )
+    expected = y @ model.embedding.weight.T
+    logits = model(source, target, source_mask, target_mask).logits
+    torch.testing.assert_close(logits[target_mask], expected[target_mask])
+
+
+def test_parameters_are_the_papers():
+    """Sizes of table 3 at a vocabulary of 37,000, counted by hand."""
+
+    def count(d, ff, layers=6, vocab=37000):
+        attention, norm = 4 * d * d + 4 * d, 2 * d
+        ffn = 2 * d * ff + ff + d
+        return vocab * d + layers * (attention + ffn + 2 * norm + 2 * attention + ffn + 3 * norm)
+
+    with torch.device("meta"):
+        base, big = (
+            Transformer(make()) for make in (TransformerConfig.base, TransformerConfig.big)
+        )
+        pre = Transformer(TransformerConfig.base(prenorm=True))
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (base, big, pre)]
+    assert sizes == [count(512, 2048), count(1024, 4096), count(512, 2048) + 4 * 512]
+    assert sizes[0] == 63_082_496
+
+
+def test_first_weights():
+    """Glorot's bounds for every matrix by itself, unit variance of the scaled embedding."""
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig.base(vocab_size=5000, num_layers=1))
+    assert model.embedding.weight.std().item() * math.sqrt(512) == pytest.approx(1, rel=0.01)
+    layer = model.decoder[0]
+    for weight, packs in (
+        (layer.attention.qkv.weight, 3),
+        (layer.cross_attention.kv.weight, 2),
+        (layer.cross_attention.query.weight, 1),
+    ):
+        bound = math.sqrt(6 / (weight.shape[0] // packs + weight.shape[1]))
+        assert weight.abs().max().item() == pytest.approx(bound, rel=1e-3)
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
+    assert layer.feed_forward.up.bias.abs().max() == 0
+
+
+@STYLES
+def test_masks_may_have_holes_and_pad_left(texts, prenorm):
+    """A token keeps its column as its position."""
+    sources, targets, _ = texts
+    model = make(prenorm).eval()
+    source, source_mask = padded(sources)
+    target, _ = padded(targets)
+    whole = model(source[2:3], target[2:3, :1]).encoder_last_hidden_state
+    mask = source_mask[2:3].clone()
+    mask[0, :3] = mask[0, 6] = False
+    changed = source[2:3].clone().masked_fill(~mask, 60)
+    other = model(changed, target[2:3, :1], mask).encoder_last_hidden_state
+    assert (other[~mask] == 0).all()
+    assert not torch.allclose(whole[mask], other[mask])
+    again = model(source[2:3], target[2:3, :1], mask).encoder_last_hidden_state
+    assert torch.equal(other, again)
+
+
+def test_results_do_not_depend_on_the_batch(texts):
+    """To rounding on a CPU, where torch's products depend on the rows (docs/numerics.md)."""
+    sources, targets, _ = texts
+    model = make().eval()
+    together = model(**packed(sources, "source"), **packed(targets, "target")).logits
+    rows = together.split(list(TARGET_LENGTHS))
+    for source, target, row in zip(sources, targets, rows, strict=True):
+        alone = model(**packed([source], "source"), **packed([target], "target")).logits
+        torch.testing.assert_close(alone, row, rtol=0, atol=2e-6)
+
+
+@STYLES
+def test_parts_of_a_batch_drop_what_the_whole_drops(texts, prenorm):
+    """Loss and gradients of two parts add up to those of the batch, dropout included."""
+    sources, targets, labels = texts
+    rates = {"dropout": 0.3, "attention_dropout": 0.2}
+    model = make(prenorm, torch.float64, **rates).train()
+
+    def loss_of(first, last):
+        torch.manual_seed(11)
+        chosen = [i for row in labels[first:last] for i in row]
+        arguments = {
+            **packed(sources[first:last], "source", max(SOURCE_LENGTHS)),
+            **packed(targets[first:last], "target", max(TARGET_LENGTHS)),
+            "labels": torch.tensor(chosen),
+            "sequence_offset": first,
+        }
+        return model(**arguments).loss * sum(i != -100 for i in chosen)
+
+    whole = loss_of(0, 4)
+    whole.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    parts = loss_of(0, 1) + loss_of(1, 4)
+    parts.backward()
+    torch.testing.assert_close(parts, whole)
+    for parameter, expected in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, expected)
+    model.eval()
+    assert not torch.allclose(loss_of(0, 4), whole)
+
+
+@STYLES
+def test_dropout_is_where_the_paper_has_it(prenorm):
+    """Dropped everywhere, embeddings and sublayers vanish: what is left is the norms of nothing."""
+    model = make(prenorm, dropout=1.0).train()
+    output = model(torch.tensor([[5, 6, 7]]), torch.tensor([[2, 8]]))
+    y = torch.zeros(1, 32)
+    if prenorm:
+        y = model.decoder_norm(y)
+    else:
+        for layer in model.decoder:
+            for norm in (layer.attention_norm, layer.cross_attention_norm, layer.feed_forward_norm):
+                y = norm(y)
+    expected = (y @ model.embedding.weight.T).expand(2, -1)
+    torch.testing.assert_close(output.logits[0], expected)
+
+
+@pytest.mark.parametrize("rates", [{}, {"dropout": 0.3, "attention_dropout": 0.2}])
+def test_gradient_checkpointing_changes_no_bit(texts, rates):
+    sources, targets, labels = texts
+    arguments = {**packed(sources, "source"), **packed(targets, "target")}
+    arguments["labels"] = torch.tensor([i for row in labels for i in row])
+    gradients = []
+    for checkpointing in (False, True):
+        model = make(**rates).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(2)
+        model(**arguments).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@STYLES
+@pytest.mark.parametrize("beams", [1, 3])
+def test_decoding_by_steps_is_the_forward(texts, prenorm, beams):
+    """Over more tokens than the caches have room for at first; reordered and selected."""
+    sources, _, _ = texts
+    model = make(prenorm).eval()
+    rows = sequences([40] * 4 * beams, 9)
+    state = model.start_decoding(model.encode(**packed(sources, "source")), beams)
+    tokens = torch.tensor(rows)
+    sequence = torch.arange(4).repeat_interleave(beams)
+    with torch.no_grad():
+        for step in range(40):
+            if step == 20:  # beams of a sequence trade places
+                order = (torch.arange(4 * beams) // beams) * beams + beams - 1
+                state.reorder(order)
+                tokens[:, :step] = tokens[order, :step]
+            if step == 30:  # the first sentence is finished
+                kept = torch.tensor([3, 1])
+                state.select(kept)
+                chosen = (kept[:, None] * beams + torch.arange(beams)).flatten()
+                tokens, sequence = tokens[chosen], sequence[chosen]
+            logits = model.decode_step(tokens[:, step], state)
+            if step in (0, 19, 20, 32, 39):
+                expected = model(
+                    **packed([sources[i] for i in sequence], "source"),
+                    **packed(tokens[:, : step + 1].tolist(), "target"),
+                ).logits
+                expected = expected.unflatten(0, tokens[:, : step + 1].shape)[:, -1]
+                torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert state.length == 40
+
+
+def test_a_source_or_target_may_be_empty():
+    model = make().train()
+    output = model(
+        source_ids=torch.tensor([5, 6]),
+        source_cu_seqlens=torch.tensor([0, 0, 2], dtype=torch.int32),
+        source_max_seqlen=2,
+        target_ids=torch.tensor([2, 7]),
+        target_cu_seqlens=torch.tensor([0, 2, 2], dtype=torch.int32),
+        target_max_seqlen=2,
+        labels=torch.tensor([-100, -100]),
+    )
+    assert output.loss == 0
+    output.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(texts, dtype):
+    sources, targets, _ = texts
+    arguments = {**packed(sources, "source"), **packed(targets, "target")}
+    model = make().eval()
+    half = copy.deepcopy(model).to(dtype)
+    logits = half(**arguments).logits
+    assert logits.dtype == dtype
+    plain = torch.cat(PaperTransformer(model)(sources, targets))
+    scale = plain.abs().max()
+    assert (logits.float() - plain).abs().max() < 0.05 * scale
+
+
+def test_positions():
+    """Of any length; sine and cosine interleaved, as the paper's equation."""
+    table = sinusoidal_positions(100_001, 6)
+    for p in (0, 1, 77, 100_000):
+        for i in range(3):
+            angle = p / 10000 ** (2 * i / 6)
+            assert table[p, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+            assert table[p, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
+    assert sinusoidal_positions(3, 5).shape == (3, 5)
+
+
+def test_saved_and_read(tmp_path, texts):
+    sources, targets, _ = texts
+    model = make(prenorm=True).eval()
+    model.save_pretrained(tmp_path)
+    again = Transformer.from_pretrained(tmp_path)
+    assert again.config.prenorm
+    arguments = {**packed(sources, "source"), **packed(targets, "target")}
+    assert torch.equal(again(**arguments).logits, model(**arguments).logits)
+    assert not again.training
+    half = Transformer.from_pretrained(tmp_path, torch.bfloat16)
+    assert half.embedding.weight.dtype == torch.bfloat16
+    again.save_pretrained(tmp_path / "twice")
+    assert (tmp_path / "config.json").read_text() == (tmp_path / "twice/config.json").read_text()
+
+
+def test_files_that_do_not_fit(tmp_path):
+    make().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["encoder.0.attention.qkv.bias"] = torch.zeros(3)
+    tensors["stranger"] = tensors.pop("decoder.1.attention_norm.bias")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="does not fit Transformer") as caught:
+        Transformer.from_pretrained(tmp_path)
+    for part in (
+        "missing tensors: decoder.1.attention_norm.bias",
+        "unexpected tensors: stranger",
+        "encoder.0.attention.qkv.bias is [3], not [96]",
+    ):
+        assert part in str(caught.value)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    with pytest.raises(ValueError, match=r"config\.json: config key 'model_type' is 'bert'"):
+        Transformer.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        Transformer.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size must be an integer >= 1, not 0"),
+        ({"num_attention_heads": 7}, "num_attention_heads = 7 must divide hidden_size = 512"),
+        ({"dropout": 1.5}, r"dropout must be in 0\.\.1, not 1\.5"),
+        ({"label_smoothing": -0.1}, "label_smoothing must be a number >= 0"),
+        ({"hidden_act": "swish"}, "hidden_act must be one of"),
+        ({"eos_token_id": 37000}, "eos_token_id must be an integer below vocab_size = 37000"),
+        ({"hidden_sizes": 3}, "unknown config keys hidden_sizes"),
+    ],
+)
+def test_config_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig.from_dict(changes)
+
+
+def test_argument_errors():
+    model = make()
+    ids, cu = torch.tensor([[4, 5]]), torch.tensor([0, 2], dtype=torch.int32)
+    with pytest.raises(TypeError, match=r"source_ids must be integer, not torch\.float32"):
+        model(ids.float(), ids)
+    with pytest.raises(ValueError, match=r"target_ids must be \[B, T\]"):
+        model(ids, ids[0])
+    with pytest.raises(ValueError, match="source_cu_seqlens and source_max_seqlen belong together"):
+        model(ids[0], ids, source_cu_seqlens=cu)
+    with pytest.raises(ValueError, match="target_mask is for padded input"):
+        model(ids, ids[0], target_mask=ids > 0, target_cu_seqlens=cu, target_max_seqlen=2)
+    with pytest.raises(ValueError, match="1 sources, but 2 targets"):
+        model(ids, ids.expand(2, 2))
+    with pytest.raises(ValueError, match=r"labels has shape \[1, 1\], target_ids \[1, 2\]"):
+        model(ids, ids, labels=ids[:, :1])
