@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+import bertkern
 from bertkern.models import Transformer, TransformerConfig
 from bertkern.nn import sinusoidal_positions
+from bertkern.ops import _backend
 
 SIZES = {
     "vocab_size": 61,
@@ -421,6 +423,50 @@ def test_gradient_checkpointing_changes_no_bit(texts, rates):
         model(**arguments).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+@STYLES
+def test_backends_that_have_every_op_agree(texts, name, prenorm, nan_filled_memory):
+    """Loss, gradients, dropout and all, and decoding by steps."""
+    if reason := _backend.unusable(name, "cpu"):
+        pytest.skip(f"backend {name}: {reason}")
+    sources, targets, labels = (rows[1:3] for rows in texts)
+    rates = {"dropout": 0.3, "attention_dropout": 0.2}
+    arguments = {**packed(sources, "source"), **packed(targets, "target")}
+    arguments["labels"] = torch.tensor([i for row in labels for i in row])
+    results = []
+    for own in ("reference", name):
+        with bertkern.backend(own):
+            model = make(prenorm, num_layers=1, **rates).train()
+            torch.manual_seed(3)
+            loss = model(**arguments).loss
+            loss.backward()
+            model.eval()
+            with torch.no_grad():
+                encoded = model.encode(**packed(sources, "source"))
+                state = model.start_decoding(encoded, beams=2)
+                for tokens in ([2] * 4, [*range(5, 9)]):
+                    logits = model.decode_step(torch.tensor(tokens), state)
+            results.append([loss, logits, *(p.grad for p in model.parameters())])
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_compiles_into_one_graph(texts):
+    sources, targets, labels = texts
+    model = make(dropout=0.2, attention_dropout=0.1).train()
+    arguments = {**packed(sources, "source"), **packed(targets, "target")}
+    arguments["labels"] = torch.tensor([i for row in labels for i in row])
+    found = []
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        torch.manual_seed(1)
+        loss = call(**arguments).loss
+        loss.backward()
+        found.append((loss, *(p.grad for p in model.parameters())))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager)
 
 
 @STYLES
