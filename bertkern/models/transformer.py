@@ -277,7 +277,7 @@ class Transformer(nn.Module):
         embedding_seed, layer_seeds = None, None
         if seeds is not None:
             embedding_seed, layer_seeds = seeds[0], seeds[2:]
-        x = self._embed(layout.unpad(ids), layout.positions, layout.max_seqlen)
+        x = self._embed(layout.unpad(ids), layout.positions, _columns(layout))
         x = self._drop(x, layout, embedding_seed)
         for i, layer in enumerate(self.encoder):
             x = self._layer(layer, _slice(layer_seeds, i, SEEDS_PER_LAYER), x, layout)
@@ -296,7 +296,7 @@ class Transformer(nn.Module):
         if seeds is not None:
             embedding_seed = seeds[1]
             layer_seeds = seeds[2 + SEEDS_PER_LAYER * len(self.encoder) :]
-        y = self._embed(layout.unpad(ids), layout.positions, layout.max_seqlen)
+        y = self._embed(layout.unpad(ids), layout.positions, _columns(layout))
         y = self._drop(y, layout, embedding_seed)
         for i, layer in enumerate(self.decoder):
             own = _slice(layer_seeds, i, SEEDS_PER_DECODER_LAYER)
@@ -372,6 +372,11 @@ class Transformer(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors, each whole or not at all."""
         write_model(folder, self.config, type(self).__name__, self.state_dict())
+
+
+def _columns(layout: TokenLayout) -> int:
+    """More than any position: a padded batch may have its tokens on the right."""
+    return layout.max_seqlen if layout.padded_shape is None else layout.padded_shape[1]
 
 
 def _slice(seeds: Tensor | None, index: int, count: int) -> Tensor | None:

@@ -351,6 +351,20 @@ def test_masks_may_have_holes_and_pad_left(texts, prenorm):
     assert torch.equal(other, again)
 
 
+def test_long_padding_on_the_left():
+    """Positions are columns of the padded batch, further than any sequence is long."""
+    model = make(num_layers=1).eval()
+    ids = torch.full((1, 700), 5)
+    mask = torch.arange(700)[None] >= 690
+    hidden = model(ids, ids[:, :1], mask).encoder_last_hidden_state
+    assert hidden[0, :690].abs().max() == 0
+    table = sinusoidal_positions(700, 32)
+    assert torch.equal(model.positions(torch.tensor([699]), 700, torch.float32)[0], table[699])
+    assert not torch.allclose(
+        hidden[0, 690:], model(ids[:, :10], ids[:, :1]).encoder_last_hidden_state[0]
+    )
+
+
 def test_results_do_not_depend_on_the_batch(texts):
     """To rounding on a CPU, where torch's products depend on the rows (docs/numerics.md)."""
     sources, targets, _ = texts
