@@ -30,6 +30,13 @@ Sources = Annotated[
 TextColumnOption = Annotated[
     str, typer.Option(help="Column of the text in JSON lines, tables and hub datasets.")
 ]
+LinesOption = Annotated[
+    bool,
+    typer.Option(
+        "--one-sentence-per-line",
+        help="Lines of the text are its sentences; else full stops end them.",
+    ),
+]
 
 
 @app.command("tokenizer")
@@ -43,6 +50,7 @@ def tokenizer(
         int, typer.Option(min=1, help="How often a pair of pieces must occur to be merged.")
     ] = 2,
     text_column: TextColumnOption = "text",
+    one_sentence_per_line: LinesOption = False,
 ) -> None:
     """Learn a vocabulary from texts, which are streamed; the same texts give the same vocabulary.
 
@@ -55,7 +63,7 @@ def tokenizer(
     with _counting("reading texts") as step:
 
         def sentences() -> Iterator[str]:
-            for document in _documents(sources, text_column):
+            for document in _documents(sources, text_column, one_sentence_per_line):
                 step()
                 yield from document
 
@@ -81,6 +89,7 @@ def prepare(
         bool, typer.Option("--overwrite", help="Replace a corpus that is there.")
     ] = False,
     text_column: TextColumnOption = "text",
+    one_sentence_per_line: LinesOption = False,
 ) -> None:
     """Tokenise texts once, into files that are mapped: they may be larger than memory.
 
@@ -92,7 +101,11 @@ def prepare(
     words = load_tokenizer(tokenizer)
     with _counting("tokenising") as step:
         corpus = Corpus.build(
-            _documents(sources, text_column), words, folder, overwrite=overwrite, on_document=step
+            _documents(sources, text_column, one_sentence_per_line),
+            words,
+            folder,
+            overwrite=overwrite,
+            on_document=step,
         )
     size = sum(path.stat().st_size for path in folder.iterdir())
     out.print(
@@ -127,6 +140,7 @@ def inspect(
     epoch: Annotated[int, typer.Option(min=0, help="Show examples of this epoch.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of pairs and masks.")] = 0,
     text_column: TextColumnOption = "text",
+    one_sentence_per_line: LinesOption = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read a whole corpus; fail if it is damaged.")
     ] = False,
@@ -145,7 +159,11 @@ def inspect(
 
     settings = MaskingSettings(max_length, whole_word=whole_word)
     words = load_tokenizer(tokenizer)
-    corpus = _open_or_read(sources, words, documents, text_column)
+    corpus = _open_or_read(
+        sources,
+        words,
+        lambda: islice(_documents(sources, text_column, one_sentence_per_line), documents),
+    )
     if verify:
         corpus.verify()
     data = PretrainingData(corpus, words, settings, seed)
@@ -159,7 +177,7 @@ def inspect(
 
 
 def _open_or_read(
-    sources: list[str], words: "Tokenizer", documents: int, text_column: str
+    sources: list[str], words: "Tokenizer", read: Callable[[], Iterator[list[str]]]
 ) -> "Corpus":
     from bertkern.data import Corpus
     from bertkern.data.corpus import META
@@ -167,13 +185,13 @@ def _open_or_read(
     if len(sources) == 1 and (Path(sources[0]) / META).is_file():
         return Corpus.open(sources[0])
     _need_readers(sources)
-    return Corpus.from_documents(islice(_documents(sources, text_column), documents), words)
+    return Corpus.from_documents(read(), words)
 
 
-def _documents(sources: list[str], text_column: str) -> Iterator[list[str]]:
+def _documents(sources: list[str], text_column: str, lines: bool) -> Iterator[list[str]]:
     from bertkern.data import stream_documents
 
-    return stream_documents(sources, text_column)
+    return stream_documents(sources, text_column, one_sentence_per_line=lines)
 
 
 def _need_readers(sources: list[str]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import CommandError, need, out, packaged_minilm, pick_device, writable_folder
-from .pretrain import OptimizerName, Precision, Sharding
+from .pretrain import OptimizerName, Precision, Sharding, print_finished
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -175,6 +175,8 @@ class Run:
                     "out",
                     markup=False,
                 )
+                for note in getattr(whole, "notes", []):  # of the file, which its parts have not
+                    out.print(f"{self.train}: {note}", markup=False)
         if self.test is not None:
             examples["test"] = read(self.test, examples["train"], None)
         data = {name: prepare(part, tokenizer) for name, part in examples.items()}
@@ -198,7 +200,9 @@ class Run:
             tensorboard=self.tensorboard,
             console=out,
         )
-        if processes.is_main:
+        if processes.is_main and result.finished_before:
+            print_finished(result.history, self.folder)
+        elif processes.is_main:
             _print_result(result)
 
 
@@ -235,7 +239,11 @@ def classification(
     label: Column = None,
     regression: Annotated[
         bool | None,
-        _option(help="Labels are scores (guessed from their form).", panel=_EXAMPLES),
+        _option(
+            help="Labels are scores; --no-regression: classes. Otherwise numbers that are not all "
+            "whole are scores.",
+            panel=_EXAMPLES,
+        ),
     ] = None,
     max_length: MaxLength = 128,
 ) -> None:

@@ -46,23 +46,19 @@ class Input(str, Enum):
     table = "table"
 
 
-_SUFFIXES = {
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), Input.jsonl),
-    **dict.fromkeys((".tsv", ".csv"), Input.table),
-}
-
-
 class Format(str, Enum):
-    """What a command writes."""
+    """What a command writes; `text` is one plain line a result, of commands that have one."""
 
     jsonl = "jsonl"
     tsv = "tsv"
     csv = "csv"
     table = "table"
+    text = "text"
 
 
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _SUFFIXES = {
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), Input.jsonl),
+    **dict.fromkeys(_JSON_SUFFIXES, Input.jsonl),
     **dict.fromkeys((".tsv", ".csv"), Input.table),
 }
 
@@ -76,7 +72,8 @@ FormatOption = Annotated[
     Format | None,
     typer.Option(
         "--format",
-        help="Without it: by the name of --out; else a table on a terminal, JSON lines elsewhere.",
+        help="Without it: by the name of --out; else a table on a terminal, JSON lines elsewhere "
+        "(translate: text, one translation a line).",
     ),
 ]
 InputOption = Annotated[
@@ -105,7 +102,7 @@ class Line(NamedTuple):
     Attributes:
         where: where it stands, for messages.
         place: the same for results, as {"source", "line"}.
-        text: not empty.
+        text: without the spaces around it; empty only where empty lines are kept.
     """
 
     where: str
@@ -143,6 +140,7 @@ class Output:
         columns: of TSV and CSV.
         flatten: a record as rows of these columns.
         show: prints a record for a person.
+        plain: a record as one line of text; None where the command has no such form.
     """
 
     path: Path | None
@@ -150,10 +148,11 @@ class Output:
     columns: Sequence[str]
     flatten: Callable[[Row], Iterable[Row]]
     show: Callable[[Row], None]
+    plain: Callable[[Row], str] | None = None
 
 
-def read_lines(sources: Sequence[str]) -> Iterator[Line]:
-    """Yield the non-empty lines of UTF-8 files; `-` is the standard input.
+def read_lines(sources: Sequence[str], keep_empty: bool = False) -> Iterator[Line]:
+    """Yield the lines of UTF-8 files, of which `-` is the standard input; empty ones if asked for.
 
     Raises:
         CommandError: a line is not UTF-8; says which byte of which line of which file.
@@ -173,17 +172,21 @@ def read_lines(sources: Sequence[str]) -> Iterator[Line]:
                         f"{error.start + 1})"
                     ) from error
                 text = text.removeprefix("\ufeff").strip()
-                if text:
+                if text or keep_empty:
                     yield Line(where, {"source": name, "line": number}, text)
 
 
-def read_records(sources: Sequence[str], kind: Input | None) -> Iterator[tuple[Line, Row]]:
+def read_records(
+    sources: Sequence[str], kind: Input | None, keep_empty: bool = False
+) -> Iterator[tuple[Line, Row]]:
     """Yield lines with their fields: of a JSON object or a table's row, or {"text": the line}.
 
     Args:
         sources: files; `-` is the standard input.
         kind: what the lines are; None: what the file's name says, else text. Tables (.tsv and
             .csv with a header) are held in memory.
+        keep_empty: also the empty lines of text, so that results stand in the lines of their
+            inputs.
 
     Raises:
         CommandError: a line is no JSON object, or as `read_lines`.
@@ -202,7 +205,7 @@ def read_records(sources: Sequence[str], kind: Input | None) -> Iterator[tuple[L
                 place = {"source": source, "line": row.line}
                 yield Line(row.where, place, json.dumps(row.fields)), row.fields
             continue
-        for line in read_lines([source]):
+        for line in read_lines([source], keep_empty and here is Input.text):
             yield line, parse_object(line) if here is Input.jsonl else {"text": line.text}
 
 
@@ -267,24 +270,33 @@ def results(
         raise waiting[error.index - done].line.error(error.reason) from error
 
 
-def choose_format(format: Format | None, out: Path | None, few: bool = False) -> Format:
+def choose_format(
+    format: Format | None, out: Path | None, few: bool = False, plain: bool = False
+) -> Format:
     """The format that the user asked for, or that --out's name or the terminal suggests.
 
     Args:
         format: of --format.
         out: of --out.
         few: the inputs stood on the command line, so a person reads the results.
+        plain: the command has results of one plain line, and writes them where nothing says
+            otherwise; JSON lines else.
 
     Raises:
-        CommandError: a table in a file.
+        CommandError: a table in a file, or text from a command that has none.
     """
     if out is not None and format is Format.table:
         raise CommandError("--format table is for the terminal; a file takes jsonl, tsv or csv")
+    if format is Format.text and not plain:
+        raise CommandError("--format text: the results of this command take jsonl, tsv or csv")
     if format is not None:
         return format
+    otherwise = Format.text if plain else Format.jsonl
     if out is not None:
-        return {".tsv": Format.tsv, ".csv": Format.csv}.get(out.suffix.lower(), Format.jsonl)
-    return Format.table if few or sys.stdout.isatty() else Format.jsonl
+        named = {".tsv": Format.tsv, ".csv": Format.csv}
+        named |= dict.fromkeys(_JSON_SUFFIXES, Format.jsonl)
+        return named.get(out.suffix.lower(), otherwise)
+    return Format.table if few or sys.stdout.isatty() else otherwise
 
 
 @contextmanager
@@ -378,6 +390,9 @@ def _flushed(write: Write) -> Write:
 def _writer(file: IO[str], output: Output) -> Write:
     if output.format is Format.jsonl:
         return lambda record: write_json_line(file, record)
+    if output.plain is not None and output.format is Format.text:
+        plain = output.plain
+        return lambda record: print(plain(record), file=file)
     dialect = "excel-tab" if output.format is Format.tsv else "excel"
     table = csv.DictWriter(
         file, output.columns, dialect=dialect, lineterminator="\n", extrasaction="ignore"

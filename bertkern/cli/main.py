@@ -20,7 +20,10 @@ from . import (
     finetune,
     info,
     pretrain,
+    train_translation,
+    translate,
     tune,
+    words,
 )
 from .console import CommandError, err, one_line
 
@@ -82,7 +85,7 @@ def bertkern(
         ),
     ] = False,
 ) -> None:
-    """Fused kernels for encoder models, and BERT on top."""
+    """Fused kernels for encoder models, BERT and the Transformer on top."""
 
 
 app.command("info")(info.info)
@@ -95,6 +98,9 @@ app.command("attention-map")(attention_map.attention_map)
 app.add_typer(data.app, name="data")
 app.command("pretrain")(pretrain.pretrain)
 app.add_typer(finetune.app, name="finetune")
+app.command("train-translation")(train_translation.train_translation)
+app.command("translate")(translate.translate)
+app.add_typer(words.app, name="words")
 app.command("convert")(convert.convert)
 app.command("tune")(tune.tune)
 app.command("bench", context_settings=bench.CONTEXT)(bench.bench)

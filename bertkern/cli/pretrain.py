@@ -1,7 +1,8 @@
 """bertkern pretrain: a BERT from text, with masked words and next sentences."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 from .console import CommandError, err, out, pick_device, writable_folder
 
 if TYPE_CHECKING:
+    from bertkern.data.text import Document
     from bertkern.train import History
 
 _CORPUS = "corpus"  # the folder of tokenised text in --out
@@ -85,6 +87,14 @@ def pretrain(
         str,
         typer.Option(help="Of .jsonl, .parquet and hub sources.", rich_help_panel=_TEXT),
     ] = "text",
+    one_sentence_per_line: Annotated[
+        bool,
+        typer.Option(
+            "--one-sentence-per-line",
+            help="Lines of the text are its sentences; else full stops end them.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = False,
     held_out: Annotated[
         float, typer.Option(help="Share of documents not trained on.", rich_help_panel=_TEXT)
     ] = 0.05,
@@ -210,17 +220,24 @@ def pretrain(
     Example: bertkern pretrain notes.txt book.txt --out my-bert --steps 2000
     """
     from bertkern.data import MaskingSettings, load_tokenizer
-    from bertkern.data.corpus import Corpus
+    from bertkern.data.corpus import META, Corpus
+    from bertkern.data.sources import stream_documents
     from bertkern.models import BertConfig
     from bertkern.models.checkpoint import resolve_folder
     from bertkern.train import PretrainingSettings, Processes
     from bertkern.train import pretrain as train
     from bertkern.train.pretraining import existing_checkpoint, refuse_to_overwrite
+    from bertkern.train.resuming import seen_by_all
 
     if resume and overwrite:
         raise CommandError("--resume and --overwrite exclude one another")
     if bool(sources) == (corpus is not None):
         raise CommandError("give either text files (or hub names) or --corpus")
+    if corpus is not None and one_sentence_per_line:
+        raise CommandError(
+            "--one-sentence-per-line is for text: the sentences of --corpus are those that "
+            "`bertkern data prepare` made"
+        )
     if sum(given is not None for given in (size, config, start)) > 1:
         raise CommandError("--size, --config and --start exclude one another")
     if size is not None:
@@ -260,17 +277,24 @@ def pretrain(
     )
     processes = Processes(pick_device(device))
     if resume:
-        existing_checkpoint(folder)
+        existing_checkpoint(folder, processes)
     elif not overwrite:
         refuse_to_overwrite(folder)
     if corpus is None:
         corpus = folder / _CORPUS
         tokenizer = tokenizer or (resolve_folder(start) if start is not None else None)
         if processes.is_main and not resume:
-            _tokenise(sources or [], text_column, tokenizer, sizes.vocab_size, folder)
+            texts = partial(
+                stream_documents,
+                sources or [],
+                text_column,
+                one_sentence_per_line=one_sentence_per_line,
+            )
+            _tokenise(texts, tokenizer, sizes.vocab_size, folder)
         elif processes.is_main:
             out.print(f"resuming with the text in {corpus}, as the run began", markup=False)
         processes.wait()
+        seen_by_all(corpus / META, processes)
         tokenizer = folder
     elif tokenizer is None:
         raise CommandError(f"--corpus {corpus} needs the --tokenizer that it was made with")
@@ -289,24 +313,28 @@ def pretrain(
         tensorboard=tensorboard,
         console=out,
     )
-    if processes.is_main:
+    if processes.is_main and result.finished_before:
+        print_finished(result.history, folder)
+    elif processes.is_main:
         _print_summary(result.history, folder)
         _draw(result.history, folder)
 
 
 def _tokenise(
-    sources: list[str], text_column: str, tokenizer: Path | None, vocab_size: int, folder: Path
+    texts: "Callable[[], Iterator[Document]]",
+    tokenizer: Path | None,
+    vocab_size: int,
+    folder: Path,
 ) -> None:
-    """Put the sources' tokens into the folder's corpus, and the tokenizer beside it.
+    """Put the texts' tokens into the folder's corpus, and the tokenizer beside it.
 
-    A folder that is new is not left behind when the sources are refused.
+    A folder that is new is not left behind when the texts are refused.
     """
     from bertkern.data import load_tokenizer, save_tokenizer, train_tokenizer
     from bertkern.data.corpus import Corpus
-    from bertkern.data.sources import stream_documents
 
     def sentences() -> Iterator[str]:
-        for document in stream_documents(sources, text_column):
+        for document in texts():
             yield from document
 
     is_new = not folder.exists()
@@ -316,13 +344,11 @@ def _tokenise(
             words = load_tokenizer(tokenizer)
         else:
             if next(sentences(), None) is None:
-                raise CommandError(f"no text in {', '.join(sources)}")
+                raise CommandError("there is no text in the sources")
             with out.status("learning a vocabulary"):
                 words = train_tokenizer(sentences, vocab_size)
         with out.status("tokenising"):
-            corpus = Corpus.build(
-                stream_documents(sources, text_column), words, folder / _CORPUS, overwrite=True
-            )
+            corpus = Corpus.build(texts(), words, folder / _CORPUS, overwrite=True)
         save_tokenizer(words, folder)
     except BaseException:
         if is_new and not any(folder.iterdir()):
@@ -335,9 +361,21 @@ def _tokenise(
     if corpus.left_out:
         out.print(
             f"{corpus.left_out:,} documents with fewer than two sentences were left out: a "
-            "sentence ends at . ! ? before a capital or a digit",
+            "sentence ends at . ! ? before a capital or a digit, or with its line under "
+            "--one-sentence-per-line",
             style="yellow",
         )
+
+
+def print_finished(history: "History", folder: Path) -> None:
+    """Say that a run that was to be resumed had come to its end."""
+    steps = history.evaluations[-1].step
+    out.print(
+        f"{folder}: already finished after {steps} step{'' if steps == 1 else 's'}; nothing was "
+        "changed",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _print_summary(history: "History", folder: Path) -> None:

@@ -101,12 +101,22 @@ def best_answers(
         if null is None or empty.score < null.score:
             null = empty
         for i, j in _pairs(window, starts, ends, n_best, max_answer_tokens):
-            first, last = int(window.offsets[i, 0]), int(window.offsets[j, 1])
-            span = Span(context[first:last], first, last, float(starts[i]), float(ends[j]))
+            span = _span(context, window, int(i), int(j), float(starts[i]), float(ends[j]))
+            if not span.text:
+                continue  # white space alone is no answer
             if span.text not in best or span.score > best[span.text].score:
                 best[span.text] = span
     assert null is not None
     return Answers(sorted(best.values(), key=lambda span: -span.score)[:n_best], null)
+
+
+def _span(context: str, window: Window, i: int, j: int, start: float, end: float) -> Span:
+    """Tokens i .. j as text, without the white space that byte-level tokens begin with."""
+    first, last = int(window.offsets[i, 0]), int(window.offsets[j, 1])
+    text = context[first:last]
+    first += len(text) - len(text.lstrip())
+    text = text.strip()
+    return Span(text, first, first + len(text), start, end)
 
 
 def _pairs(

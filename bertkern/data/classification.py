@@ -51,6 +51,7 @@ LABEL_COLUMNS = (
 )
 INDEX_COLUMNS = ("index", "idx", "id")
 NO_CONSENSUS = "-"  # MNLI's and SNLI's gold_label where the annotators disagree
+MOST_GUESSED_CLASSES = 20  # of labels such as 3.0, which may be classes or scores
 UNKNOWN = "-1"  # every label of a test file whose labels are kept secret, as exported by some
 
 _COLA = ("source", "label", "star", "sentence")
@@ -114,8 +115,10 @@ def read_classification(
         path: .tsv, .csv, .jsonl or .json, see `tables`.
         text, text_pair, label: columns; None: the first common names that the file has.
         label_names: the classes in order; another label is an error. None: those of the file,
-            sorted, numbers as numbers.
-        regression: whether labels are scores. None: they are if they are numbers and not all whole.
+            sorted, numbers as numbers; 1.0 is the class 1 where all labels are whole numbers.
+        regression: whether labels are scores. None: they are if they are numbers and not all whole,
+            or more than MOST_GUESSED_CLASSES different ones, all written with a decimal point. A
+            note says so where the file leaves a doubt.
         labelled: True: a file without labels is an error; False: labels are not looked at; None:
             either way, and labels that are all -1 are none.
 
@@ -142,7 +145,10 @@ def read_classification(
     if label_column is not None and labelled is None and _all_unknown(rows, label_column):
         notes.append(f"every label is {UNKNOWN}: taken as not labelled")
     elif label_column is not None:
-        labels, names = _labels(rows, label_column, label_names, regression)
+        if regression is None and label_names is None:
+            regression, doubt = _guess_regression(rows, label_column)
+            notes += doubt
+        labels, names = _labels(rows, label_column, label_names, bool(regression))
     texts = [[row.text(column) for row in rows] for column in columns]
     empty = sum(not value.strip() for value in texts[0])
     if empty:
@@ -220,7 +226,7 @@ def _text_columns(table: Table, text: str | None, text_pair: str | None) -> list
     if not columns:
         raise ValueError(
             f"{table.path}: no column with a common name for the text ({KNOWN_COLUMNS}); "
-            f"{table.found}; name the column"
+            f"{table.found}; name the column (--text)"
         )
     return columns
 
@@ -246,26 +252,24 @@ def _label_column(
     if column is None and labelled:
         raise ValueError(
             f"{table.path}: no column with a common name for the label "
-            f"({', '.join(LABEL_COLUMNS)}); {table.found}; name the column"
+            f"({', '.join(LABEL_COLUMNS)}); {table.found}; name the column (--label)"
         )
     return column
 
 
 def _all_unknown(rows: Sequence[Row], column: str) -> bool:
-    return all(str(row.fields.get(column)).strip() == UNKNOWN for row in rows)
+    return all(str(row.fields.get(column)).strip() in (UNKNOWN, f"{UNKNOWN}.0") for row in rows)
 
 
 def _labels(
-    rows: Sequence[Row], column: str, names: Sequence[str] | None, regression: bool | None
+    rows: Sequence[Row], column: str, names: Sequence[str] | None, regression: bool
 ) -> tuple[NDArray[Any], list[str] | None]:
     """(labels [E], names of the classes or None for scores)."""
-    values = [_label_text(row, column) for row in rows]
-    if regression is None:
-        numbers = [_number(value) for value in values]
-        regression = names is None and all(n is not None for n in numbers)
-        regression = regression and not all(_is_whole(value) for value in values)
     if regression:
         return np.array([_score(row, column) for row in rows], dtype=np.float32), None
+    values = [_label_text(row, column) for row in rows]
+    if all(map(_is_whole, values if names is None else names)):
+        values = [_without_decimals(value) for value in values]
     if names is None:
         names = sorted(set(values), key=_label_order)
         if len(names) < 2:
@@ -279,6 +283,33 @@ def _labels(
                 f"label {value!r} is not allowed; allowed: {', '.join(map(repr, number_of))}"
             )
     return np.array([number_of[value] for value in values], dtype=np.int64), list(names)
+
+
+def _guess_regression(rows: Sequence[Row], column: str) -> tuple[bool, list[str]]:
+    """(whether labels are scores, what to tell the user: nothing where it is beyond doubt)."""
+    values = [_label_text(row, column) for row in rows]
+    numbers = [_number(value) for value in values]
+    if any(number is None for number in numbers):
+        return False, []
+    distinct = sorted({number for number in numbers if number is not None})
+    low, high = f"{distinct[0]:g}", f"{distinct[-1]:g}"
+    if not all(map(_is_whole, values)):
+        return True, [
+            f"labels are scores from {low} to {high}, as not all are whole numbers; "
+            "--no-regression takes them for classes"
+        ]
+    integers = all(map(_is_integer, values))
+    if not integers and len(distinct) > MOST_GUESSED_CLASSES:
+        return True, [
+            f"labels are scores from {low} to {high}, as there are {len(distinct)} of them, with "
+            "decimals; --no-regression takes them for classes"
+        ]
+    if integers and len(distinct) <= MOST_GUESSED_CLASSES:
+        return False, []
+    return False, [
+        f"labels are {len(distinct)} classes, whole numbers from {low} to {high}; --regression "
+        "takes them for scores"
+    ]
 
 
 def _label_text(row: Row, column: str) -> str:
@@ -303,8 +334,18 @@ def _number(value: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _is_whole(value: str) -> bool:
+def _is_integer(value: str) -> bool:
     return value.lstrip("+-").isdigit()
+
+
+def _is_whole(value: str) -> bool:
+    number = _number(value)
+    return number is not None and number.is_integer()
+
+
+def _without_decimals(value: str) -> str:
+    """1.0, as a table with gaps writes 1, is 1; what is no whole number stays as it is."""
+    return str(int(float(value))) if _is_whole(value) and not _is_integer(value) else value
 
 
 def _score(row: Row, column: str) -> float:

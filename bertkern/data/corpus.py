@@ -240,7 +240,7 @@ class Corpus:
         if folder.exists() and not (overwrite and (folder / META).is_file()):
             raise FileExistsError(
                 f"{folder} exists: choose another folder"
-                + (", or allow overwriting" if (folder / META).is_file() else "")
+                + (", or allow overwriting (--overwrite)" if (folder / META).is_file() else "")
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -326,6 +326,8 @@ class _Tokenised:
                 chunk, characters = [], 0
         yield self._encode(chunk)
         if not self._counts["documents"]:
+            if not self._counts["left_out"]:
+                raise ValueError("there is no text in the sources: no document at all")
             raise ValueError(
                 f"none of {self._counts['left_out']} document(s) has two sentences or more; "
                 "sentence pairs need them"

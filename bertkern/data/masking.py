@@ -12,7 +12,8 @@ Legend: B sequences, S the longest of them, T their tokens, W words, V vocabular
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ class MaskingSettings:
         max_length: tokens of a sequence, special ones included.
         masked_fraction: part of the tokens that is predicted; at least one of a sequence is.
         max_predictions: at most so many in a sequence; None for masked_fraction of max_length,
-            rounded up.
+            rounded up. A run's part with longer sequences has so many more as they are longer.
         short_sequence_probability: how often a pair aims at a random shorter length.
         whole_word: mask all pieces of a word together.
         static_masks: the same pairs and masks in every epoch; else they are drawn anew.
@@ -63,6 +64,13 @@ class MaskingSettings:
             raise ValueError(f"max_predictions must be at least 1, not {self.max_predictions}")
         if self.duplication < 1:
             raise ValueError(f"duplication must be at least 1, not {self.duplication}")
+
+    def with_length(self, max_length: int) -> MaskingSettings:
+        """For sequences of another length: a given max_predictions grows with it (20 -> 80)."""
+        most = self.max_predictions
+        if most is not None:
+            most = max(1, math.ceil(most * max_length / self.max_length))
+        return replace(self, max_length=max_length, max_predictions=most)
 
     @property
     def prediction_limit(self) -> int:

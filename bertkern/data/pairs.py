@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -171,8 +172,8 @@ def windows(
 ) -> Iterator[Pairs]:
     """The windows of an epoch in order; with workers, other processes make them ahead.
 
-    Raises:
-        RuntimeError: a worker died.
+    Where a worker dies, this process makes the rest, after a warning: a signal to all processes of
+    a run, as schedulers send, must leave it able to save.
     """
     arguments = corpus, settings, seed, epoch, window_tokens
     plan = EpochPlan(*arguments)
@@ -189,17 +190,25 @@ def windows(
     )
     ahead: deque[Future[Pairs]] = deque()
     submitted = 0
+    is_broken = False
     try:
-        for _ in range(count):
-            while submitted < count and len(ahead) <= workers:
-                ahead.append(pool.submit(_make_window, submitted))
-                submitted += 1
-            yield ahead.popleft().result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a process that makes training data died (killed, or out of memory?); the log above "
-            "may say why. A script that uses workers needs `if __name__ == '__main__':`"
-        ) from error
+        for number in range(count):
+            made = None
+            try:
+                while not is_broken and submitted < count and len(ahead) <= workers:
+                    ahead.append(pool.submit(_make_window, submitted))
+                    submitted += 1
+                made = None if is_broken else ahead.popleft().result()
+            except BrokenProcessPool:
+                is_broken = True
+                warnings.warn(
+                    "a process that makes training data died (killed, or out of memory?), the log "
+                    "above may say why; the training process makes the data itself from here on. A "
+                    "script that uses workers needs `if __name__ == '__main__':`",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            yield plan.window(number) if made is None else made
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -13,7 +13,7 @@ Legend: E examples of a batch, B sequences of a part, T their tokens, P of them 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -169,8 +169,8 @@ class PretrainingData:
             )
         if vocabulary_digest(tokenizer) != corpus.vocabulary:
             raise ValueError(
-                f"the corpus was made with another tokenizer: its vocabulary of "
-                f"{corpus.vocab_size} tokens is not this one of {tokenizer.get_vocab_size()}"
+                f"the corpus was made with another tokenizer: its {corpus.vocab_size} tokens are "
+                f"not the {tokenizer.get_vocab_size()} of this one"
             )
         self.corpus = corpus
         self.settings = settings or MaskingSettings()
@@ -192,14 +192,14 @@ class PretrainingData:
             epoch: from 0 on.
             tokens_per_batch: the most tokens of a batch.
             start: leave out so many batches; their texts are planned, not read.
-            max_length: in place of the settings'.
+            max_length: in place of the settings', see MaskingSettings.with_length.
 
         Raises:
             ValueError: a sequence of max_length would not fit into a batch.
         """
         settings, masker = self.settings, self._masker
         if max_length is not None and max_length != settings.max_length:
-            settings = replace(settings, max_length=max_length)
+            settings = settings.with_length(max_length)
             masker = Masker(self._tokenizer, settings)
         if tokens_per_batch < settings.max_length:
             raise ValueError(

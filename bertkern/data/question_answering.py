@@ -90,7 +90,8 @@ class WindowSettings:
             raise ValueError(
                 f"max_length = {self.max_length} leaves {room} tokens of a context beside a "
                 f"question of max_query_length = {self.max_query_length} and 3 special tokens; "
-                f"they must be stride = {self.stride} or more, or tokens would be left out"
+                f"they must be stride = {self.stride} or more, or tokens would be left out: lower "
+                "stride (--stride) or max_query_length, or raise max_length (--max-length)"
             )
 
 

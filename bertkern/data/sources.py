@@ -8,6 +8,9 @@
 A folder stands for the files of these types in it, and those in its folders, in the order of their
 names; a pattern such as `news/*.jsonl` for the files that match. No more than a document, or some
 rows of a table, is in memory at once.
+
+A text is split into sentences where full stops say so, whatever its line ends; or, with
+one_sentence_per_line, where its lines end, as in the files that BERT's own scripts read.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .text import HALF_PAIR, Document, has_half_pair, split_sentences
+from .text import HALF_PAIR, Document, has_half_pair, split_lines, split_sentences
+
+Split = Callable[[str], Document]  # a text into its sentences
 
 TEXT, JSON_LINES, PARQUET = (".txt",), (".jsonl", ".ndjson", ".json"), (".parquet",)
 HUB = "hub:"
@@ -27,13 +32,18 @@ _ROWS = 1024  # of a table, read at once
 
 
 def stream_documents(
-    sources: Iterable[str | os.PathLike[str]], text_column: str = "text"
+    sources: Iterable[str | os.PathLike[str]],
+    text_column: str = "text",
+    *,
+    one_sentence_per_line: bool = False,
 ) -> Iterator[Document]:
     """The documents of files, folders, patterns and hub names, in order; those without text not.
 
     Args:
         sources: as above. All are looked up before the first is read.
         text_column: where tables and JSON lines have their text.
+        one_sentence_per_line: lines are sentences, and are neither joined nor split; else sentences
+            are found by `split_sentences`.
 
     Raises:
         FileNotFoundError: a file is missing, a pattern matches none, or a folder has none.
@@ -42,19 +52,25 @@ def stream_documents(
         ConnectionError: the hub is not reached, or does not have the dataset.
     """
     found = [place for source in sources for place in expand(source)]
-    return (document for place in found for document in _read(place, text_column) if document)
+    split = split_lines if one_sentence_per_line else split_sentences
+    return (d for place in found for d in _read(place, text_column, split) if d)
 
 
 def read_documents(
-    sources: Iterable[str | os.PathLike[str]], text_column: str = "text"
+    sources: Iterable[str | os.PathLike[str]],
+    text_column: str = "text",
+    *,
+    one_sentence_per_line: bool = False,
 ) -> list[Document]:
-    """All documents of the sources at once, for texts that memory holds.
+    """All documents of the sources at once, for texts that memory holds; as `stream_documents`.
 
     Raises:
         ValueError: there is no text in them, besides what `stream_documents` raises.
     """
     names = [os.fspath(source) for source in sources]
-    documents = list(stream_documents(names, text_column))
+    documents = list(
+        stream_documents(names, text_column, one_sentence_per_line=one_sentence_per_line)
+    )
     if not documents:
         raise ValueError(f"no text in {', '.join(names) or 'an empty list of files'}")
     return documents
@@ -86,15 +102,15 @@ def expand(source: str | os.PathLike[str]) -> list[str]:
     raise FileNotFoundError(f"{name}: no such file")
 
 
-def _read(place: str, text_column: str) -> Iterator[Document]:
+def _read(place: str, text_column: str, split: Split) -> Iterator[Document]:
     suffix = Path(place).suffix
     if place.startswith(HUB):
-        return _hub_documents(place, text_column)
+        return _hub_documents(place, text_column, split)
     if suffix in JSON_LINES:
-        return _json_documents(Path(place), text_column)
+        return _json_documents(Path(place), text_column, split)
     if suffix in PARQUET:
-        return _parquet_documents(Path(place), text_column)
-    return _text_documents(Path(place))
+        return _parquet_documents(Path(place), text_column, split)
+    return _text_documents(Path(place), split)
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -115,19 +131,19 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, text.rstrip("\r\n")
 
 
-def _text_documents(path: Path) -> Iterator[Document]:
+def _text_documents(path: Path, split: Split) -> Iterator[Document]:
     lines: list[str] = []
     for _, text in text_lines(path):
         for line in text.split("\r"):  # the line ends of old Macs
             if line.strip():
                 lines.append(line)
             elif lines:
-                yield split_sentences("\n".join(lines))
+                yield split("\n".join(lines))
                 lines = []
-    yield split_sentences("\n".join(lines))
+    yield split("\n".join(lines))
 
 
-def _json_documents(path: Path, text_column: str) -> Iterator[Document]:
+def _json_documents(path: Path, text_column: str, split: Split) -> Iterator[Document]:
     for number, line in text_lines(path):
         if not line.strip():
             continue
@@ -141,10 +157,10 @@ def _json_documents(path: Path, text_column: str) -> Iterator[Document]:
                 f"{where}: an object with the column {text_column!r} is needed, not {_kind(row)}"
             )
         _find(text_column, row, where)
-        yield _document(row[text_column], text_column, where)
+        yield _document(row[text_column], text_column, where, split)
 
 
-def _parquet_documents(path: Path, text_column: str) -> Iterator[Document]:
+def _parquet_documents(path: Path, text_column: str, split: Split) -> Iterator[Document]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -157,26 +173,26 @@ def _parquet_documents(path: Path, text_column: str) -> Iterator[Document]:
             for rows in table.iter_batches(_ROWS, columns=[text_column]):
                 for value in rows.column(0).to_pylist():
                     row += 1
-                    yield _document(value, text_column, f"{path}: row {row}")
+                    yield _document(value, text_column, f"{path}: row {row}", split)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: damaged, or not a parquet file ({error})") from error
 
 
-def _hub_documents(place: str, text_column: str) -> Iterator[Document]:
+def _hub_documents(place: str, text_column: str, split: Split) -> Iterator[Document]:
     try:
         import datasets
     except ModuleNotFoundError as error:
         raise _missing("datasets", place) from error
-    name, config, split = (*place.removeprefix(HUB).split(":"), "", "")[:3]
+    name, config, part = (*place.removeprefix(HUB).split(":"), "", "")[:3]
     row = 0
     try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        rows = datasets.load_dataset(name, config or None, split=part or "train", streaming=True)
         stream: Iterator[Any] = iter(rows)
         while (entry := next(stream, None)) is not None:
             row += 1
             where = f"{place}: row {row}"
             _find(text_column, entry, where)
-            yield _document(entry[text_column], text_column, where)
+            yield _document(entry[text_column], text_column, where, split)
     except (OSError, RuntimeError, ValueError) as error:
         if str(error).startswith(place):
             raise
@@ -193,11 +209,11 @@ def _find(text_column: str, columns: Iterable[str], where: str) -> None:
         )
 
 
-def _document(value: Any, text_column: str, where: str) -> Document:
+def _document(value: Any, text_column: str, where: str, split: Split) -> Document:
     if any(map(has_half_pair, value if isinstance(value, list) else [value])):
         raise ValueError(f"{where}: the column {text_column!r} {HALF_PAIR}")
     if isinstance(value, str):
-        return split_sentences(value)
+        return split(value)
     if isinstance(value, list) and all(isinstance(sentence, str) for sentence in value):
         return [clean for sentence in value if (clean := " ".join(sentence.split()))]
     raise ValueError(

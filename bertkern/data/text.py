@@ -66,6 +66,16 @@ def split_sentences(text: str) -> list[str]:
     return sentences
 
 
+def split_lines(text: str) -> list[str]:
+    """The lines of a text that has one sentence on each, white space normalised, empty ones not.
+
+    A line ends at a line feed, a carriage return or both, and nowhere else.
+    """
+    return [
+        line for part in text.replace("\r", "\n").split("\n") if (line := " ".join(part.split()))
+    ]
+
+
 def split_documents(
     documents: Sequence[Document], held_out: float = 0.05, seed: int = 0
 ) -> tuple[list[Document], list[Document]]:

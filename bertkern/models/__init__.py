@@ -22,13 +22,18 @@ from .classify import Classification, Classify
 from .config import BertConfig
 from .conversion import convert_folder, load_model
 from .fill_mask import FilledText, FillMask, Guess
+from .generate import Hypothesis
+from .next_token import Sampling
 from .onnx import export_onnx
 from .sentence_encoder import Embedding, SentenceEncoder
 from .serving import InputError
 from .transformer import Transformer, TransformerOutput
 from .transformer_config import TransformerConfig
+from .translate import Alternative, Translate, Translation
+from .word_vectors import WordVectors
 
 __all__ = [
+    "Alternative",
     "Answer",
     "Answered",
     "BertConfig",
@@ -49,11 +54,16 @@ __all__ = [
     "FillMask",
     "FilledText",
     "Guess",
+    "Hypothesis",
     "InputError",
+    "Sampling",
     "SentenceEncoder",
     "Transformer",
     "TransformerConfig",
     "TransformerOutput",
+    "Translate",
+    "Translation",
+    "WordVectors",
     "attention_map",
     "convert_folder",
     "export_onnx",

@@ -187,13 +187,22 @@ def resolve_folder(folder: str | os.PathLike[str], allow_pickle: bool = False) -
         patterns += [PICKLE, "pytorch_model-*.bin"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except (
-        Exception
-    ) as error:  # the hub's client raises many types; offline or unknown, the user reads one
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FileNotFoundError(
-            f"{name}: no such folder, and not available from the Hugging Face hub ({reason})"
-        ) from error
+    except Exception as error:  # the hub's client raises many types; the user reads one line
+        raise FileNotFoundError(f"{name}: no such folder, and {_hub_reason(error)}") from error
+
+
+def _hub_reason(error: Exception) -> str:
+    """Why the hub gave no model, in a few words."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "GatedRepoError" in kinds:
+        return "the Hugging Face hub gives that model only to those whom its owner lets in"
+    if "RepositoryNotFoundError" in kinds:  # also what the hub answers for private ones
+        return "no public model of that name on the Hugging Face hub"
+    unreached = ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError")
+    if kinds & {*unreached, "ConnectionError"}:
+        return "the Hugging Face hub is not reached"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"not available from the Hugging Face hub ({reason[:120]})"
 
 
 def read_config(folder: Path) -> BertConfig:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,8 @@ from bertkern.nn.encoder import SEEDS_PER_LAYER
 from bertkern.nn.layout import IGNORE_INDEX
 
 from .checkpoint import CONFIG, mismatches, resolve_folder, stored_tensors, write_model
+from .generate import Hypothesis, TargetTokens, generate, length_limits
+from .next_token import Sampling
 from .transformer_config import TransformerConfig
 
 
@@ -262,6 +265,70 @@ class Transformer(nn.Module):
         if self.decoder_norm is not None:
             x = self.decoder_norm(x)
         return self.predict(x).float()
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        source_ids: Tensor,
+        source_mask: Tensor | None = None,
+        *,
+        source_cu_seqlens: Tensor | None = None,
+        source_max_seqlen: int | None = None,
+        beam_size: int = 4,
+        length_penalty: float = 0.6,
+        max_length: int | None = None,
+        num: int = 1,
+        sampling: Sampling | None = None,
+        numbers: Sequence[int] | None = None,
+        never: Sequence[int] = (),
+    ) -> list[list[Hypothesis]]:
+        """Targets of sources, without dropout; the search is `generate.py`'s.
+
+        Args:
+            source_ids, source_mask, source_cu_seqlens, source_max_seqlen: as `forward`.
+            beam_size: hypotheses that live at once; 1 is greedy.
+            length_penalty: alpha of the score log p / ((5 + length) / 6)^alpha; 0 for none.
+            max_length: most tokens of a target, its end among them; None: 50 more than its source.
+            num: hypotheses of each source, at most beam_size unless sampling.
+            sampling: draw targets in place of searching the most probable.
+            numbers: [B], of each source in the whole input: what is drawn is a function of it and
+                the seed; None: 0, 1, ...
+            never: ids that are not produced, besides pad_token_id and bos_token_id.
+
+        Returns:
+            For each source at most `num`, best first.
+
+        Raises:
+            ValueError, TypeError: as `forward`, or an option out of range.
+        """
+        config, was_training = self.config, self.training
+        tokens = TargetTokens(
+            config.bos_token_id,
+            config.eos_token_id,
+            (config.pad_token_id, config.bos_token_id, *never),
+        )
+        self.eval()
+        try:
+            source = self.encode(
+                source_ids,
+                source_mask,
+                source_cu_seqlens=source_cu_seqlens,
+                source_max_seqlen=source_max_seqlen,
+            )
+            return generate(
+                self,
+                source,
+                length_limits(source.layout.cu_seqlens.diff().tolist(), max_length),
+                tokens,
+                beam_size=beam_size,
+                length_penalty=length_penalty,
+                num=num,
+                sampling=sampling,
+                numbers=numbers,
+                device=source_ids.device,
+            )
+        finally:
+            self.train(was_training)
 
     def _decoder_layers(self) -> list[DecoderLayer]:
         return [layer for layer in self.decoder if isinstance(layer, DecoderLayer)]

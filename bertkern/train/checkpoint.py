@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import errno
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ from torch.distributed.checkpoint.state_dict import (
 
 from bertkern.data.files import replacing
 from bertkern.models.checkpoint import PretrainedModel, read_tensors
+from bertkern.models.transformer import Transformer
 
 from .history import History
 from .processes import Processes
+from .settings import LoopSettings
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _FROM_WHOLE = StateDictOptions(full_state_dict=True)  # every process reads the file
@@ -105,6 +108,22 @@ def load_weights(path: Path, model: nn.Module) -> None:
     set_model_state_dict(model, dict[str, Any](read_tensors(path)), options=_FROM_WHOLE)
 
 
+def load_average(paths: Sequence[Path], model: nn.Module) -> None:
+    """Put the mean of what save_weights wrote into several files into the model.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, or damaged.
+    """
+    total: dict[str, Tensor] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for path in paths:
+        for name, tensor in read_tensors(path).items():
+            dtypes[name] = tensor.dtype
+            total[name] = total[name] + tensor.double() if name in total else tensor.double()
+    mean: dict[str, Any] = {n: (t / len(paths)).to(dtypes[n]) for n, t in total.items()}
+    set_model_state_dict(model, mean, options=_FROM_WHOLE)
+
+
 def whole_weights(model: nn.Module) -> dict[str, Any]:
     """All weights by name, on the CPU, in the first process; nothing in the others.
 
@@ -136,8 +155,11 @@ def read_state(path: Path) -> TrainingState:
     try:
         with safe_open(path, framework="pt") as file:
             entries = json.loads((file.metadata() or {})["state"])
+        settings = entries["run"].get("settings", {})
+        for name, value in json.loads(json.dumps(asdict(LoopSettings()))).items():
+            settings.setdefault(name, value)  # of a run from before there was a choice
         return TrainingState(**{**entries, "history": History.from_dict(entries["history"])})
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: damaged, or not a training checkpoint ({error})") from error
 
 
@@ -193,7 +215,7 @@ def _restore(
     )
 
 
-def save_model(model: PretrainedModel, folder: Path, processes: Processes) -> None:
+def save_model(model: PretrainedModel | Transformer, folder: Path, processes: Processes) -> None:
     """save_pretrained by the first process; all call it, each may hold a part of the weights."""
     if processes.count > 1:
         weights = whole_weights(model)

@@ -35,7 +35,7 @@ from .checkpoint import save_model
 from .curves import CURVES, check_matplotlib, draw_curves
 from .finetuning_tasks import TASKS, Data, FinetuningSettings, FinetuningTask
 from .history import History, StepRecord
-from .loop import HISTORY, own_random_state, train
+from .loop import CHECKPOINT, HISTORY, own_random_state, train
 from .pretraining import (
     existing_checkpoint,
     refuse_to_overwrite,
@@ -43,9 +43,16 @@ from .pretraining import (
     runs_files,
 )
 from .processes import Processes
+from .resuming import finished_step, refuse_another_run, seen_by_all
 
 METRICS = "metrics.json"
 HELD_OUT, TEST = "held_out", "test"  # folders of predictions
+_MEANINGS = {
+    "train": "other training examples (--train, or a limit on their tokens)",
+    "held_out": "other held-out examples (--dev, or a limit on their tokens)",
+    "answers": "other --n-best, --max-answer-tokens or --null-threshold",
+    "steps": "another number of steps (--epochs, --batch-size)",
+}
 
 
 @dataclass
@@ -61,6 +68,7 @@ class FinetuningResult:
         test_figures: of the test data, where they are labelled.
         files: those written, the model's and the tokenizer's apart.
         out: the folder.
+        finished_before: the run that was to be resumed had ended; nothing was computed or written.
     """
 
     model: PretrainedModel
@@ -71,6 +79,7 @@ class FinetuningResult:
     test_figures: dict[str, float] | None
     files: list[Path]
     out: Path
+    finished_before: bool = False
 
 
 def finetune(
@@ -102,7 +111,8 @@ def finetune(
         settings: how to fine-tune.
         test: predicted at the end with the best weights, and scored where labelled.
         device: where to compute.
-        resume: go on from out's checkpoint, with the same data and settings.
+        resume: go on from out's checkpoint, with the same data and settings; a run that has ended
+            is read and left as it is.
         overwrite: start anew although out holds a checkpoint or a model, which are removed.
         tensorboard: write curves to out's `tensorboard`, too.
         progress: show a progress bar, on `console`.
@@ -113,7 +123,8 @@ def finetune(
             sequences that are longer than the model's positions, a tokenizer that is larger than
             its vocabulary, or a resumed run with other data or settings.
         FileExistsError: out holds a checkpoint or a model; neither resume nor overwrite is given.
-        FileNotFoundError: no such model, or resume, but no checkpoint.
+        FileNotFoundError: no such model, or resume, but no checkpoint; or a folder that not all
+            processes see.
         ModuleNotFoundError: scikit-learn or matplotlib is not installed.
         TrainingInterrupted: Ctrl-C or SIGTERM; the checkpoint is written.
     """
@@ -123,7 +134,7 @@ def finetune(
     check_matplotlib()
     refuse_to_replace_the_start(out, model)
     if resume:
-        existing_checkpoint(out)
+        existing_checkpoint(out, processes)
     elif not overwrite:
         refuse_to_overwrite(out)
     _check_data(train_data, held_out, test)
@@ -136,6 +147,16 @@ def finetune(
     _check_model(network, [train_data, held_out, *([test] if test is not None else [])])
     network.to(processes.device)
     task = kind(network.config, train_data, held_out, settings)
+    loop_settings = settings.loop(len(train_data))
+    if resume:
+        asked = asdict(loop_settings)
+        for name in ("evaluate_every", "checkpoint_every"):
+            if getattr(settings, name) is None:
+                del asked[name]  # an epoch, which follows from the others
+        now = {"settings": asked, "data": task.describe()}
+        refuse_another_run(out / CHECKPOINT, now, _MEANINGS)
+        if finished_step(out / CHECKPOINT, out / METRICS) is not None:
+            return _finished(task, out, processes)
     processes.wait()  # before the first one removes what the others looked for
     if processes.is_main:
         if not resume:
@@ -144,7 +165,8 @@ def finetune(
         for name in (METRICS, CURVES):  # an earlier run's would not belong to this one
             (out / name).unlink(missing_ok=True)
         save_tokenizer(train_data.tokenizer, out)
-    loop_settings = settings.loop(len(train_data))
+    processes.wait()
+    seen_by_all(out / "tokenizer.json", processes)  # all will read the best weights there
     history = train(
         network,
         task,
@@ -167,6 +189,26 @@ def finetune(
         write_text(out / METRICS, content)
         result.files += [out / name for name in (HISTORY, CURVES, METRICS)]
     return result
+
+
+def _finished(task: FinetuningTask[Any], out: Path, processes: Processes) -> FinetuningResult:
+    """The result of a run that has ended, from its files."""
+    metrics = json.loads((out / METRICS).read_text(encoding="utf-8"))
+    folders = [folder for folder in (out / HELD_OUT, out / TEST) if folder.is_dir()]
+    return FinetuningResult(
+        model=task.model_class.from_pretrained(out).to(processes.device),
+        task=task,
+        history=History.from_dict(json.loads((out / HISTORY).read_text(encoding="utf-8"))),
+        figures=metrics["held_out"],
+        intervals={name: tuple(bounds) for name, bounds in metrics["intervals"].items()},
+        test_figures=metrics.get("test"),
+        files=[
+            *(path for folder in folders for path in sorted(folder.iterdir())),
+            *(out / name for name in (HISTORY, CURVES, METRICS)),
+        ],
+        out=out,
+        finished_before=True,
+    )
 
 
 def _assessed(

@@ -31,6 +31,7 @@ from bertkern.data.packing import Batch, PackedBatch
 from .board import TensorBoard
 from .checkpoint import (
     TrainingState,
+    load_average,
     load_checkpoint,
     load_weights,
     save_checkpoint,
@@ -46,6 +47,7 @@ from .settings import LoopSettings
 CHECKPOINT = "checkpoint.safetensors"
 BEST = "best.safetensors"
 HISTORY = "history.json"
+WEIGHTS_OF_STEP = "weights-{}.safetensors"
 LOOK_EVERY = 10  # steps between two looks at the losses, each of which waits for a GPU
 MOST_RECORDS = 10000  # of a history: a long run keeps means over several steps
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -128,8 +130,11 @@ def train(
     Raises:
         TrainingInterrupted: Ctrl-C or SIGTERM; the checkpoint is written.
         FloatingPointError: the loss is no longer finite; the last checkpoint is from before.
-        ValueError: the checkpoint is damaged, or of another run.
+        ValueError: the checkpoint is damaged, or of another run; or settings.average without a
+            folder or with keep_best.
     """
+    if settings.average > 1 and (keep_best or folder is None):
+        raise ValueError("average needs a folder for its checkpoints, and excludes keep_best")
     run = _Run(model, task, settings, processes or Processes(), folder, keep_best, on_step)
     if resume:
         run.resume()
@@ -226,15 +231,18 @@ class _Run:
                 stops = self.processes.any(interruption.asked)
             elapsed = time.perf_counter() - start
             bar.stepped(tokens, len(batch), self.task.flops(batch), elapsed, state.history)
-            if evaluates:
+            if evaluates and not (last and settings.average > 1):
                 self._evaluate(bar, board)
             if saves or stops or self._is_patience_over():
-                self._save()
+                self._save(saves)
             if stops and not last:
                 path = self.folder / CHECKPOINT if self.folder is not None else None
                 raise TrainingInterrupted(state.step, settings.steps, path)
         if self.keep_best:
             load_weights(self._best_path(), self.model)
+        if settings.average > 1:
+            load_average(self._weights_to_average(), self.model)
+            self._evaluate(bar, board)
 
     def _start_sharding(self) -> None:
         """Let FSDP2 see a whole forward first, by which it learns which module is the root."""
@@ -288,7 +296,8 @@ class _Run:
                 self.scaler.scale(weighted.sum() * processes.count).backward()
             losses += weighted.detach()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_gradient_norm)
+        most = math.inf if settings.max_gradient_norm is None else settings.max_gradient_norm
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), most)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         norm = torch.zeros_like(norm) if settings.precision == "fp16" else norm
         self.scaler.step(self.optimizer)
@@ -362,8 +371,16 @@ class _Run:
             return False
         return len(evaluations) - 1 - evaluations.index(best) >= self.settings.patience
 
-    def _save(self) -> None:
+    def _save(self, to_average: bool) -> None:
+        """Write a checkpoint, and where wanted its weights for the mean at the end."""
         if self.folder is not None:
+            if to_average and self.settings.average > 1:
+                path = self.folder / WEIGHTS_OF_STEP.format(self.state.step)
+                save_weights(path, self.model, self.processes)
+                kept = self._weights_to_average()
+                for old in set(self.folder.glob(WEIGHTS_OF_STEP.format("*"))) - set(kept):
+                    if self.processes.is_main:
+                        old.unlink(missing_ok=True)
             save_checkpoint(
                 self.folder / CHECKPOINT,
                 self.model,
@@ -372,6 +389,13 @@ class _Run:
                 self.state,
                 self.processes,
             )
+
+    def _weights_to_average(self) -> list[Path]:
+        """The files of the last checkpoints, of which there were fewer in a short run."""
+        assert self.folder is not None
+        every, step = self.settings.checkpoint_every, self.state.step
+        steps = [s for s in range(every, step, every)] + [step]
+        return [self.folder / WEIGHTS_OF_STEP.format(s) for s in steps[-self.settings.average :]]
 
     def _best_path(self) -> Path:
         assert self.folder is not None, "the best weights are kept in a folder"

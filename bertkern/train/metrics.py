@@ -49,7 +49,8 @@ def wilson_interval(right: float, total: int) -> tuple[float, float]:
 def classification_figures(
     labels: NDArray[Any], predictions: NDArray[Any], classes: int
 ) -> dict[str, float]:
-    """accuracy; f1 and mcc for two classes, f1_macro and mcc for more.
+    """accuracy; f1 and mcc for two classes, f1_macro and mcc for more. mcc is 0 where only one
+    class occurs.
 
     Args:
         labels, predictions: class numbers, [E].
@@ -69,7 +70,8 @@ def classification_figures(
                 labels, predictions, labels=numbers, average="macro", zero_division=0.0
             )
         )
-    figures["mcc"] = float(sklearn.matthews_corrcoef(labels, predictions))
+    one_class = len({*labels.tolist(), *predictions.tolist()}) < 2  # of which it would warn
+    figures["mcc"] = 0.0 if one_class else float(sklearn.matthews_corrcoef(labels, predictions))
     return figures
 
 

@@ -22,9 +22,10 @@ resumed with `resume=True` ends with the same bits as one that was never interru
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,20 @@ from .checkpoint import read_state, save_model
 from .evaluation import evaluate, frequency_baselines
 from .flops import bert_training_flops
 from .history import History, StepRecord
-from .loop import BEST, CHECKPOINT, HISTORY, Task, own_random_state, train
+from .loop import (
+    BEST,
+    CHECKPOINT,
+    HISTORY,
+    WEIGHTS_OF_STEP,
+    Task,
+    own_random_state,
+    train,
+)
 from .processes import Processes
+from .resuming import finished_step, refuse_another_run, seen_by_all
 from .settings import LoopSettings
+
+_MEANINGS = {"train": "other text", "held_out": "another held-out part (--held-out)"}
 
 
 @dataclass(frozen=True)
@@ -102,12 +114,17 @@ class PretrainingSettings(LoopSettings):
 
 @dataclass
 class PretrainingResult:
-    """What `pretrain` made; the same is in the folder `out`."""
+    """What `pretrain` made; the same is in the folder `out`.
+
+    Attributes:
+        finished_before: the run that was to be resumed had ended; nothing was computed or written.
+    """
 
     model: BertForPreTraining
     tokenizer: Tokenizer
     history: History
     out: Path
+    finished_before: bool = False
 
 
 class PretrainingTask(Task):
@@ -208,12 +225,12 @@ def pretrain(
         vocab_size: of the tokenizer that is learned from the training part; fewer if the text is
             small.
         tokenizer: use this one and learn none.
-        settings: how to train. A resumed run must repeat those that it was started with, or give
-            None.
+        settings: how to train. A resumed run must repeat those that it was started with, and its
+            config, or give None.
         held_out: part of the documents that is not trained on.
         device: where to compute.
         workers: processes that make examples ahead; 0 makes them in this one.
-        resume: go on from out's checkpoint.
+        resume: go on from out's checkpoint; a run that has ended is read and left as it is.
         overwrite: start anew although out holds a checkpoint or a model, which are removed.
         tensorboard: write curves to out's `tensorboard`, too.
         progress: show a progress bar, on `console`.
@@ -222,16 +239,18 @@ def pretrain(
     Raises:
         ValueError: too little text, or a resumed run with other text or settings.
         FileExistsError: out holds a checkpoint or a model; neither resume nor overwrite is given.
-        FileNotFoundError: resume, but no checkpoint.
+        FileNotFoundError: resume, but no checkpoint, or one that not all processes see.
         TrainingInterrupted: Ctrl-C or SIGTERM; the checkpoint is written.
     """
     out = Path(out)
     processes = Processes(device)
     old = []
     if resume:
-        checkpoint = existing_checkpoint(out)
+        checkpoint = existing_checkpoint(out, processes)
         tokenizer = load_tokenizer(out)
-        settings, config = _resumed_settings(checkpoint, settings)
+        settings, config = _resumed_settings(
+            checkpoint, settings, config if start is None else None
+        )
     else:
         old = runs_files(out)
         if not overwrite:
@@ -255,6 +274,13 @@ def pretrain(
             f"max_length = {settings.longest} exceeds max_position_embeddings = "
             f"{model.config.max_position_embeddings}"
         )
+    task = PretrainingTask(model.config, data, held_out_data, settings)
+    if resume:
+        refuse_another_run(out / CHECKPOINT, {"data": task.describe()}, _MEANINGS)
+        if finished_step(out / CHECKPOINT, out / HISTORY) is not None:
+            history = History.from_dict(json.loads((out / HISTORY).read_text(encoding="utf-8")))
+            model = BertForPreTraining.from_pretrained(out).to(processes.device)
+            return PretrainingResult(model, tokenizer, history, out, finished_before=True)
     model = model.to(processes.device)
     processes.wait()  # before the first one removes what the others looked for
     if processes.is_main and not resume:
@@ -263,7 +289,7 @@ def pretrain(
         save_tokenizer(tokenizer, out)
     history = train(
         model,
-        PretrainingTask(model.config, data, held_out_data, settings),
+        task,
         settings,
         processes,
         folder=out,
@@ -282,7 +308,8 @@ def pretrain(
 def runs_files(folder: Path) -> list[Path]:
     """Files of an earlier run, which a new one would replace."""
     names = (CHECKPOINT, BEST, WEIGHTS, HISTORY)
-    return [folder / name for name in names if (folder / name).exists()]
+    found = [folder / name for name in names if (folder / name).exists()]
+    return [*found, *sorted(folder.glob(WEIGHTS_OF_STEP.format("*")))]
 
 
 def refuse_to_replace_the_start(folder: Path, start: str | os.PathLike[str] | None) -> None:
@@ -291,12 +318,13 @@ def refuse_to_replace_the_start(folder: Path, start: str | os.PathLike[str] | No
         raise ValueError(f"out = {folder} holds the weights to begin with: choose another folder")
 
 
-def existing_checkpoint(folder: Path) -> Path:
-    """The checkpoint that a folder holds.
+def existing_checkpoint(folder: Path, processes: Processes | None = None) -> Path:
+    """The checkpoint that a folder holds; all processes of a run call it.
 
     Raises:
-        FileNotFoundError: it holds none.
+        FileNotFoundError: it holds none, or not for all processes.
     """
+    seen_by_all(folder / CHECKPOINT, processes or Processes())
     if not (folder / CHECKPOINT).is_file():
         raise FileNotFoundError(f"{folder / CHECKPOINT}: no checkpoint to resume from")
     return folder / CHECKPOINT
@@ -358,16 +386,15 @@ def _model(
 
 
 def _resumed_settings(
-    checkpoint: Path, settings: PretrainingSettings | None
+    checkpoint: Path, settings: PretrainingSettings | None, config: BertConfig | None
 ) -> tuple[PretrainingSettings, BertConfig]:
-    """What the interrupted run was started with."""
+    """What the interrupted run was started with; settings and config are that, or None."""
+    if settings is not None:
+        refuse_another_run(checkpoint, {"settings": asdict(settings)})
+    if config is not None:
+        sizes = config.to_dict()
+        for name in ("vocab_size", "pad_token_id"):  # the tokenizer's
+            del sizes[name]
+        refuse_another_run(checkpoint, {"config": sizes})
     run = read_state(checkpoint).run
-    started = PretrainingSettings.from_dict(run["settings"])
-    if settings is not None and settings != started:
-        changed = [
-            f"{name} = {value!r}, not {getattr(settings, name)!r}"
-            for name, value in started.__dict__.items()
-            if value != getattr(settings, name)
-        ]
-        raise ValueError(f"{checkpoint} belongs to a run with other settings: {'; '.join(changed)}")
-    return started, BertConfig.from_dict(run["config"])
+    return PretrainingSettings.from_dict(run["settings"]), BertConfig.from_dict(run["config"])

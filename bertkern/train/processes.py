@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bertkern.data.packing import Batch, PackedBatch
-from bertkern.nn import EncoderLayer
+from bertkern.nn import DecoderLayer, EncoderLayer
 
 Value = TypeVar("Value")
 
@@ -74,7 +74,9 @@ class Processes:
 
             for parameter in model.parameters():
                 torch.distributed.broadcast(parameter.data, 0)
-            for layer in [m for m in model.modules() if isinstance(m, EncoderLayer)]:
+            for layer in [
+                m for m in model.modules() if isinstance(m, (EncoderLayer, DecoderLayer))
+            ]:
                 fully_shard(layer)
             fully_shard(model)
             return model
@@ -87,9 +89,16 @@ class Processes:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             yield model.module
         elif self.count > 1:
-            model.unshard()  # type: ignore[operator]
+            from torch.distributed.fsdp import FSDPModule
+
+            shards = [part for part in model.modules() if isinstance(part, FSDPModule)]
+            for part in shards:
+                part.set_reshard_after_forward(False, recurse=False)
+                part.unshard()
             yield model
-            model.reshard()  # type: ignore[operator]
+            for part in shards:
+                part.set_reshard_after_forward(part is not model, recurse=False)
+                part.reshard()
         else:
             yield model
 

@@ -116,6 +116,16 @@ def test_statistics_are_counted(corpus):
     assert table["examples"] == "500"
 
 
+def test_lines_may_be_sentences(run, tokenizer, tmp_path):
+    path, folder = tmp_path / "lines.txt", tmp_path / "corpus-of-lines"
+    path.write_text("\n\n".join(["one line\nanother line. And more\na third one"] * 4))
+    result = run("data", "prepare", path, "-t", tokenizer, "-o", folder, "--one-sentence-per-line")
+    assert result.exit_code == 0, result.output
+    assert "4 documents, 12 sentences" in result.stdout
+    shown = run("data", "inspect", path, "-t", tokenizer, "--one-sentence-per-line", "-n", "2")
+    assert shown.exit_code == 0, shown.output
+
+
 def test_refusals(run, refused, corpus, prepared, tokenizer, tmp_path):
     assert "exists: choose another" in refused(
         "data", "prepare", corpus, "-t", tokenizer, "-o", prepared
@@ -133,6 +143,10 @@ def test_refusals(run, refused, corpus, prepared, tokenizer, tmp_path):
     line = refused("data", "prepare", bad, "-t", tokenizer, "-o", tmp_path / "c")
     assert f"{bad}: line 2: not JSON" in line
     assert not (tmp_path / "c").exists()
+    (tmp_path / "empty.txt").write_text("\n\n")
+    assert "there is no text in the sources" in refused(
+        "data", "prepare", tmp_path / "empty.txt", "-t", tokenizer, "-o", tmp_path / "c"
+    )
     small = tmp_path / "small"
     run("data", "tokenizer", corpus, "--vocab-size", "60", "-o", small)
     assert "another tokenizer" in refused("data", "inspect", prepared, "-t", small)

@@ -118,11 +118,13 @@ def test_a_file_of_held_out_examples_and_resuming(run, refused, start, tmp_path)
     assert "95 % interval" in result.stdout
     first = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert "model.safetensors exists" in refused(*arguments) or "checkpoint" in refused(*arguments)
-    assert run(*arguments, "--resume").exit_code == 0
+    again = run(*arguments, "--resume")
+    assert again.exit_code == 0
+    assert "already finished after" in again.stdout
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == first
     assert run(*arguments, "--overwrite").exit_code == 0
     line = refused(*arguments, "--resume", "--learning-rate", "1")
-    assert "checkpoint of another run: other settings" in line
+    assert "--learning-rate = 3e-05, not 1.0" in line
 
 
 def test_own_columns(run, start, tmp_path):
@@ -141,6 +143,8 @@ def test_own_columns(run, start, tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert "pearson" in result.stdout
+    note = "labels are scores from 0 to 2.75, as not all are whole numbers; --no-regression takes"
+    assert note in " ".join(result.stdout.split())
     model = BertForSequenceClassification.from_pretrained(tmp_path / "out")
     assert model.config.problem_type == "regression"
 

@@ -29,6 +29,16 @@ def test_lines_and_their_places(tmp_path):
     assert found[1].where == f"{path}: line 3"
 
 
+def test_empty_lines_are_kept_where_they_are_asked_for(tmp_path):
+    path, records = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    path.write_text("one\n\n \ntwo\n")
+    found = [(line.text, record) for line, record in lines.read_records([str(path)], None, True)]
+    assert found == [(text, {"text": text}) for text in ("one", "", "", "two")]
+    records.write_text('{"text": "one"}\n\n{"text": ""}\n')
+    found = [record["text"] for _, record in lines.read_records([str(records)], None, True)]
+    assert found == ["one", ""]
+
+
 def test_json_is_read_by_name_or_wish(tmp_path):
     path, plain = tmp_path / "a.jsonl", tmp_path / "a.txt"
     for file in (path, plain):
@@ -100,8 +110,15 @@ def test_formats(monkeypatch, tmp_path):
     assert lines.choose_format(lines.Format.csv, tmp_path / "a.tsv") is lines.Format.csv
     assert lines.choose_format(None, None) is lines.Format.jsonl
     assert lines.choose_format(None, None, few=True) is lines.Format.table
+    assert lines.choose_format(None, tmp_path / "a.txt", plain=True) is lines.Format.text
+    assert lines.choose_format(None, tmp_path / "a.tsv", plain=True) is lines.Format.tsv
+    for name in ("a.jsonl", "a.json"):
+        assert lines.choose_format(None, tmp_path / name, plain=True) is lines.Format.jsonl
+    assert lines.choose_format(None, None, plain=True) is lines.Format.text
     with pytest.raises(CommandError, match="for the terminal"):
         lines.choose_format(lines.Format.table, tmp_path / "a")
+    with pytest.raises(CommandError, match="--format text: the results of this command"):
+        lines.choose_format(lines.Format.text, None)
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr("sys.stdout", terminal)

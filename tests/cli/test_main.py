@@ -10,13 +10,16 @@ from bertkern.cli.main import app
 
 COMMANDS = (
     *("info", "demo", "embed", "fill-mask", "classify", "answer", "attention-map", "pretrain"),
-    *("convert", "tune", "bench"),
+    *("train-translation", "translate", "convert", "tune", "bench"),
 )
 GROUPS = {
     "data": ("tokenizer", "prepare", "inspect"),
+    "words": ("train", "nearest", "similarity", "analogy", "picture", "convert"),
     "finetune": ("classification", "token-classification", "qa", "multiple-choice"),
 }
-COMPUTING = {*COMMANDS, "finetune"} - {"info", "convert"}  # those that take --device
+# Those that take --device.
+COMPUTING = {(name,) for name in COMMANDS if name not in ("info", "convert")}
+COMPUTING |= {("finetune", name) for name in GROUPS["finetune"]} | {("words", "train")}
 
 
 def test_version(run):
@@ -44,7 +47,7 @@ def test_help_names_every_command(run):
 def test_every_command_and_option_explains_itself(run, command):
     result = run(*command, "--help", env={"COLUMNS": "200"})
     assert result.exit_code == 0
-    assert ("--device" in result.stdout) == (command[0] in COMPUTING)
+    assert ("--device" in result.stdout) == (command in COMPUTING)
 
 
 def test_a_bug_of_ours_shows_its_traceback(run, monkeypatch):

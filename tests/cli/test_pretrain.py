@@ -23,16 +23,37 @@ def test_a_run_leaves_a_model_that_fills_masks(run, corpus, tmp_path):
     assert run("fill-mask", "the [MASK] falls", "-m", out).exit_code == 0
 
 
+def test_lines_may_be_sentences(run, refused, tmp_path):
+    """Lines without full stops: one sentence a document otherwise, of which none is of use."""
+    path, out = tmp_path / "lines.txt", tmp_path / "model"
+    path.write_text("\n\n".join(["one line\nanother line\na third one"] * 8))
+    arguments = ("pretrain", path, "--out", out, "--steps", "1", *QUICK)
+    assert "has two sentences or more" in refused(*arguments)
+    result = run(*arguments, "--one-sentence-per-line")
+    assert result.exit_code == 0, result.output
+    assert "8 documents, 24 sentences" in result.stdout
+    assert "--one-sentence-per-line is for text" in refused(
+        "pretrain", "--corpus", path, "--out", out, "--one-sentence-per-line"
+    )
+
+
 def test_a_checkpoint_is_not_overwritten_unasked(run, refused, corpus, tmp_path):
     out = tmp_path / "model"
     assert run("pretrain", corpus, "--out", out, "--steps", "2", *QUICK).exit_code == 0
     assert "checkpoint" in refused("pretrain", corpus, "--out", out, "--steps", "2", *QUICK)
+    again = run("pretrain", corpus, "--out", out, "--steps", "2", "--resume", *QUICK)
+    assert again.exit_code == 0, again.output
+    assert f"{out}: already finished after 2 steps; nothing was changed" in again.stdout
     again = run("pretrain", corpus, "--out", out, "--steps", "2", "--overwrite", *QUICK)
     assert again.exit_code == 0, again.output
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_weights(run, corpus, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_that_resumes_to_the_same_weights(
+    run, corpus, tmp_path, number
+):
+    """It goes to all processes of the group, as a terminal's and a scheduler's do."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = ["--steps", "12", "--checkpoint-every", "1000", "--evaluate-every", "1000", *QUICK]
     assert run("pretrain", corpus, "--out", whole, *settings).exit_code == 0
@@ -47,14 +68,20 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_weights(run, corpus
         "runpy.run_module('bertkern.cli.main', run_name='__main__')\n"
     )
     command = [sys.executable, "-c", slow, "bertkern", "pretrain", str(corpus)]
-    command += ["--out", str(parts), *settings]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command += ["--out", str(parts), "--workers", "1", *settings]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     for line in process.stdout:
         if "step" in line:
             break
     time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=100)
     assert process.returncode == 130, errors
     assert "checkpoint" in errors
     assert "Traceback" not in errors

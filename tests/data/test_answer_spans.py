@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from bertkern.data import train_tokenizer
 from bertkern.data.answer_spans import best_answers
 from bertkern.data.question_answering import Question, WindowSettings, make_windows
 
@@ -87,6 +88,21 @@ def test_logits_of_the_question_are_no_answer(windows):
     assert len(found.spans) == 3
     assert found.null.score == 200
     assert found.null_difference > 190
+
+
+def test_answers_of_byte_level_tokens_have_no_white_space_around_them():
+    """Their tokens begin with the space before the word, and a line end is one by itself."""
+    context = "the cat\nsat on \n the mat"
+    tokenizer = train_tokenizer([context] * 9, 300, kind="bpe", min_frequency=1)
+    (window,) = make_windows([Question("1", "where", context)], tokenizer)
+    places = window.offsets[window.offsets[:, 0] >= 0]
+    assert any(context[a:b].startswith(" ") for a, b in places)
+    assert any(not context[a:b].strip() for a, b in places)
+    starts, ends = logits_of([window], 0)
+    found = best_answers(context, [window], starts, ends, 10_000)
+    assert len(found.spans) > 15
+    for span in found.spans:
+        assert span.text == context[span.start : span.end] == span.text.strip() != ""
 
 
 def test_a_context_without_words(words):

@@ -93,6 +93,48 @@ def test_superglue_and_users_forms(write):
     assert "not labelled" in read_classification(secret).notes[0]
 
 
+def label_file(write, labels):
+    return write("l.csv", "text,label\n" + "".join(f"t,{label}\n" for label in labels))
+
+
+def test_whole_numbers_with_decimals_are_classes(write):
+    """As pandas writes them where a label is missing somewhere; the note says what was decided."""
+    read = read_classification(label_file(write, ["1.0", "0.0", "2.0", "1"]))
+    assert (read.label_names, read.labels.tolist()) == (["0", "1", "2"], [1, 0, 2, 1])
+    assert read.notes == [
+        "labels are 3 classes, whole numbers from 0 to 2; --regression takes them for scores"
+    ]
+    dev = read_classification(label_file(write, ["2.0", "0"]), label_names=read.label_names)
+    assert (dev.labels.tolist(), dev.notes) == ([2, 0], [])
+    scores = read_classification(label_file(write, ["1.0", "0.0"]), regression=True)
+    assert (scores.labels.tolist(), scores.notes) == ([1.0, 0.0], [])
+    versions = read_classification(label_file(write, ["1.0", "2.0", "none"]))
+    assert versions.label_names == ["1.0", "2.0", "none"]
+    versions = read_classification(label_file(write, ["1.0"]), label_names=["1.0", "none"])
+    assert versions.labels.tolist() == [0]
+    secret = read_classification(label_file(write, ["-1.0", "-1"]))
+    assert secret.labels is None
+
+
+def test_scores_are_told_from_many_classes(write):
+    """STS-B's are scores also where all of a part are whole; numbers of 77 intents are classes."""
+    read = read_classification(label_file(write, ["5.000", "2.8", "0.000"]))
+    assert read.regression
+    assert read.notes == [
+        "labels are scores from 0 to 5, as not all are whole numbers; --no-regression takes them "
+        "for classes"
+    ]
+    classes = read_classification(label_file(write, ["5.5", "2.5"]), regression=False)
+    assert classes.label_names == ["2.5", "5.5"]
+    read = read_classification(label_file(write, [f"{n}.0" for n in range(21)]))
+    assert read.regression
+    assert "as there are 21 of them" in read.notes[0]
+    read = read_classification(label_file(write, range(77)))
+    assert read.label_names == [str(n) for n in range(77)]
+    assert "labels are 77 classes" in read.notes[0]
+    assert read_classification(label_file(write, [0, 1])).notes == []
+
+
 def test_subset_and_what_is_passed_over(write):
     rows = "A\tB\tneutral\nC\tD\t-\n\nE\tF\tentailment\n"
     read = read_classification(write("a.tsv", "sentence1\tsentence2\tgold_label\n" + rows))

@@ -61,6 +61,22 @@ def original(part):
     return ids
 
 
+def test_longer_sequences_have_more_predictions(corpus, tokenizer):
+    """BERT: at most 20 of 128 tokens, and of 512 then 80 (76 would be 15 %)."""
+    data = make(corpus, tokenizer, masked_fraction=0.9, max_predictions=3)
+    most = {}
+    for length in (LENGTH, 4 * LENGTH):
+        parts = [b.part(0, len(b)) for b in data.batches(0, 8 * LENGTH, max_length=length)]
+        counts = []
+        for part in parts:
+            bounds = np.searchsorted(part.label_tokens.numpy(), part.cu_seqlens.numpy())
+            counts += np.diff(bounds).tolist()
+        most[length] = max(counts)
+    assert most == {LENGTH: 3, 4 * LENGTH: 12}
+    assert MaskingSettings(128, max_predictions=20).with_length(512).prediction_limit == 80
+    assert MaskingSettings(128).with_length(512).prediction_limit == 77
+
+
 def test_sequences(data, corpus):
     """[CLS] A [SEP] B [SEP] as the corpus has them, with types, positions and labels."""
     sequences = 0

@@ -43,6 +43,18 @@ def test_text(tmp_path):
     assert read_documents([old_mac]) == [DOCUMENTS[0], DOCUMENTS[2]]
 
 
+def test_one_sentence_per_line(tmp_path):
+    """Lines are neither joined nor split, whatever stands in them, from every kind of file."""
+    lines = ["no full stop here", "Two. In one line!", "a third"]
+    text = write_text(tmp_path / "a.txt", "\ufeff" + "\r\n".join(lines) + "\r\n\r\nalone\r\n")
+    assert read_documents([text], one_sentence_per_line=True) == [lines, ["alone"]]
+    assert read_documents([text])[0] == ["no full stop here Two.", "In one line! a third"]
+    rows = write_lines(tmp_path / "b.jsonl", [{"text": "\n".join(lines)}, {"text": [lines[1]]}])
+    table = write_table(tmp_path / "c.parquet", text=["\r".join(lines), " alone\n\n"])
+    for path, last in ((rows, lines[1:2]), (table, ["alone"])):
+        assert list(stream_documents([path], one_sentence_per_line=True)) == [lines, last]
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json"])
 def test_json_lines(tmp_path, suffix):
     rows = [{"body": TEXTS[0], "id": 1}, {"body": ["Über\nuns.", " ", "Ein  Satz."]}, {"body": ""}]

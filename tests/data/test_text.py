@@ -4,6 +4,7 @@ import pytest
 
 from bertkern.data import (
     split_documents,
+    split_lines,
     split_sentences,
     standard_library_text,
 )
@@ -18,6 +19,15 @@ def test_sentences():
         "It works",
     ]
     assert split_sentences("  \n") == []
+
+
+def test_lines():
+    assert split_lines("one. Two\r\n  \n three\t four\rfive\u2028still five\n") == [
+        "one. Two",
+        "three four",
+        "five still five",
+    ]
+    assert split_lines(" \r\n") == []
 
 
 def test_split():

@@ -234,19 +234,40 @@ def test_interrupted_and_resumed_is_uninterrupted(start, tmp_path):
         assert torch.equal(value, expected[name]), name
     files = [sorted(p.relative_to(f) for p in f.rglob("*")) for f in (whole.out, resumed.out)]
     assert files[0] == files[1]
-    for settings, what in (({"learning_rate": 1e-4}, "settings"), ({"batch_size": 8}, "data")):
-        with pytest.raises(ValueError, match=f"checkpoint of another run: other .*{what}"):
+    before = {p: p.stat().st_mtime_ns for p in whole.out.rglob("*")}
+    again = run("multiple-choice", start, whole.out, resume=True, on_step=StopAt(1))
+    assert again.finished_before
+    assert {p: p.stat().st_mtime_ns for p in whole.out.rglob("*")} == before
+    assert not resumed.finished_before
+    for name in ("history", "figures", "intervals", "test_figures"):
+        assert getattr(again, name) == getattr(whole, name), name
+    assert sorted(again.files) == sorted(whole.files)
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    for settings, what in (
+        ({"learning_rate": 1e-4}, "--learning-rate = 0.003, not 0.0001: repeat"),
+        ({"batch_size": 8}, "another number of steps .*--batch-size = 16, not 8: repeat"),
+    ):
+        with pytest.raises(ValueError, match=f"belongs to a run with .*{what}"):
             run("multiple-choice", start, tmp_path / "parts", resume=True, settings=settings)
+    with pytest.raises(ValueError, match="other training examples"):
+        run("multiple-choice", start, tmp_path / "parts", count=62, resume=True)
 
 
 def main(start, out):
     """What each process does."""
     torch.set_num_threads(1)
-    run("qa", start, Path(out), count=48, test=make("qa", 10, 2))
+    for sharding in ("ddp", "fsdp"):
+        settings = {"sharding": sharding}
+        folder = Path(out) / sharding
+        run("qa", start, folder, count=48, test=make("qa", 10, 2), settings=settings)
 
 
 def test_two_processes_make_what_one_makes(start, tmp_path):
-    """Dropout is on; losses, figures and predictions, each process computing its share."""
+    """Dropout is on; losses, figures and predictions, each process computing its share.
+
+    Each has all weights, then a part of them.
+    """
     run("qa", start, tmp_path / "one", count=48, test=make("qa", 10, 2))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node=2", __file__, str(start), str(tmp_path / "two")]
@@ -257,20 +278,27 @@ def test_two_processes_make_what_one_makes(start, tmp_path):
         command, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
-    one, two = (
-        History.from_dict(json.loads((tmp_path / name / "history.json").read_text()))
-        for name in ("one", "two")
-    )
-    expected = [step.loss for step in one.steps]
-    np.testing.assert_allclose([step.loss for step in two.steps], expected, rtol=1e-4)
-    for a, b in zip(one.evaluations, two.evaluations, strict=True):
-        assert b.figures == pytest.approx(a.figures, rel=1e-3)
-    for part in ("held_out", "test"):
-        odds = [
-            json.loads((tmp_path / name / part / "null_odds.json").read_text())
-            for name in ("one", "two")
+    for sharding in ("ddp", "fsdp"):
+        names = ("one", f"two/{sharding}")
+        one, two = (
+            History.from_dict(json.loads((tmp_path / name / "history.json").read_text()))
+            for name in names
+        )
+        expected = [step.loss for step in one.steps]
+        np.testing.assert_allclose([step.loss for step in two.steps], expected, rtol=1e-4)
+        for a, b in zip(one.evaluations, two.evaluations, strict=True):
+            assert b.figures == pytest.approx(a.figures, rel=1e-3)
+        for part in ("held_out", "test"):
+            odds = [
+                json.loads((tmp_path / name / part / "null_odds.json").read_text())
+                for name in names
+            ]
+            assert odds[1] == pytest.approx(odds[0], abs=1e-3)
+        files = [
+            sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*"))
+            for name in names
         ]
-        assert odds[1] == pytest.approx(odds[0], abs=1e-3)
+        assert files[0] == files[1]
 
 
 def test_early_stopping_ends_with_the_best_weights(start, tmp_path):

@@ -12,11 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from train.labelled_sentences import SETTINGS, LabelledSentences, model
 
-from bertkern.train import TrainingInterrupted, train
+from bertkern.train import LoopSettings, Processes, TrainingInterrupted, train
 from bertkern.train.checkpoint import read_state
-from bertkern.train.loop import BEST, CHECKPOINT
+from bertkern.train.loop import BEST, CHECKPOINT, WEIGHTS_OF_STEP
+from bertkern.train.settings import noam_peak
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -297,3 +300,110 @@ def test_history_goes_through_json(whole):
     history = whole[1]
     assert type(history).from_dict(json.loads(history.to_json())) == history
     assert history.curve("accuracy")[0] == [0, 4, 8, 12]
+
+
+@pytest.mark.parametrize("warmup", [1, 3])
+def test_noam_is_the_papers_equation(warmup):
+    """Equation 3 of Vaswani et al., where steps count from 1."""
+    peak = noam_peak(512, warmup)
+    settings = LoopSettings(steps=20, schedule="noam", warmup_steps=warmup, learning_rate=peak)
+    for step in range(1, 21):
+        rate = 512**-0.5 * min(step**-0.5, step * warmup**-1.5)
+        assert settings.rate(step - 1) == pytest.approx(rate, rel=1e-12)
+
+
+def test_warmup_by_steps_or_by_a_fraction():
+    by_steps = LoopSettings(steps=40, warmup_steps=4)
+    by_fraction = LoopSettings(steps=40, warmup_fraction=0.1)
+    rates = [by_steps.rate(step) for step in range(40)]
+    assert rates == [by_fraction.rate(step) for step in range(40)]
+    assert rates[3] == max(rates) == 1e-3
+
+
+def test_gradients_may_go_unclipped():
+    """A limit that is never reached is none."""
+    _, free = run(max_gradient_norm=None)
+    _, far = run(max_gradient_norm=1e9)
+    assert free == far
+    _, clipped = run(max_gradient_norm=0.01)
+    assert free != clipped
+
+
+def means_of(folder, steps):
+    files = [load_file(folder / WEIGHTS_OF_STEP.format(step)) for step in steps]
+    return {
+        name: (sum(f[name].double() for f in files) / len(files)).to(tensor.dtype)
+        for name, tensor in files[0].items()
+    }
+
+
+def test_the_run_ends_with_the_mean_of_its_last_checkpoints(tmp_path, whole):
+    """Of steps 6, 9 and 12 here; training itself goes on as without."""
+    network, history = run(tmp_path, average=3, checkpoint_every=3)
+    names = sorted(path.name for path in tmp_path.glob("weights-*"))
+    assert names == sorted(WEIGHTS_OF_STEP.format(step) for step in (6, 9, 12))
+    last = load_file(tmp_path / WEIGHTS_OF_STEP.format(12))
+    assert all(last[name].equal(value) for name, value in whole[0].items())
+    mean = means_of(tmp_path, (6, 9, 12))
+    state = network.state_dict()
+    assert all(state[name].equal(value) for name, value in mean.items())
+    assert history.steps == whole[1].steps
+    assert [e.step for e in history.evaluations] == [e.step for e in whole[1].evaluations]
+    assert history.evaluations[:-1] == whole[1].evaluations[:-1]
+    figures = LabelledSentences().evaluate(network, Processes())
+    assert history.evaluations[-1].figures == figures
+
+
+@pytest.mark.parametrize("step", [5, 10, 12])
+def test_the_mean_survives_an_interruption(tmp_path, step):
+    """The checkpoint of the interruption is not one of those that count."""
+    options = {"average": 3, "checkpoint_every": 3}
+    expected, history = run(tmp_path / "whole", **options)
+    folder = tmp_path / "parts"
+    if step < 12:
+        with pytest.raises(TrainingInterrupted):
+            run(folder, on_step=stop_at(step), **options)
+    else:  # a finished run
+        run(folder, **options)
+    resumed, again = run(folder, resume=True, network=model(9), **options)
+    assert again == history
+    states = resumed.state_dict(), expected.state_dict()
+    assert all(states[0][name].equal(states[1][name]) for name in states[1])
+
+
+def test_a_short_run_averages_what_there_is(tmp_path):
+    network, _ = run(tmp_path, average=7, checkpoint_every=5)
+    mean = means_of(tmp_path, (5, 10, 12))
+    state = network.state_dict()
+    assert all(state[name].equal(value) for name, value in mean.items())
+
+
+def test_refusals_of_averages(tmp_path):
+    with pytest.raises(ValueError, match="average needs a folder"):
+        run(average=2)
+    with pytest.raises(ValueError, match=r"average needs a folder .* excludes keep_best"):
+        run(tmp_path, average=2, keep_best=True)
+    with pytest.raises(ValueError, match="average and patience exclude one another"):
+        run(tmp_path, average=2, patience=3)
+    with pytest.raises(ValueError, match=r"schedule must be one of \('linear', 'noam'\)"):
+        run(schedule="cosine")
+    with pytest.raises(ValueError, match="max_gradient_norm must be positive, not 0"):
+        run(max_gradient_norm=0)
+
+
+def test_a_checkpoint_from_before_a_setting_existed_is_resumed(tmp_path, whole):
+    """It went as the setting's default goes; another choice is another run."""
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path, on_step=stop_at(5))
+    path = tmp_path / CHECKPOINT
+    with safe_open(path, framework="pt") as file:
+        state = json.loads(file.metadata()["state"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name in ("schedule", "warmup_steps", "average"):
+        del state["run"]["settings"][name]
+    save_file(tensors, path, metadata={"state": json.dumps(state)})
+    with pytest.raises(ValueError, match="checkpoint of another run: other settings"):
+        run(tmp_path, schedule="noam", resume=True)
+    network, history = run(tmp_path, resume=True)
+    assert history == whole[1]
+    assert all(network.state_dict()[name].equal(value) for name, value in whole[0].items())

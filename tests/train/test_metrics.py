@@ -1,6 +1,7 @@
 """Figures against their definitions, intervals against SciPy's."""
 
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -43,6 +44,15 @@ def test_two_classes():
     )
     constant = classification_figures(labels, np.zeros(200, dtype=int), 2)
     assert (constant["f1"], constant["mcc"]) == (0, 0)
+
+
+def test_one_class_alone_is_no_cause_for_a_warning():
+    """As in a held-out share of a few examples; scikit-learn's warnings would reach the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for classes in (2, 3):
+            figures = classification_figures(np.ones(3, dtype=int), np.ones(3, dtype=int), classes)
+            assert (figures["accuracy"], figures["mcc"]) == (1, 0)
 
 
 def test_several_classes():

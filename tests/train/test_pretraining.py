@@ -149,6 +149,16 @@ def test_runs_repeat_and_leave_the_callers_random_numbers_alone(documents, finis
     assert other.history.steps[0] != finished.history.steps[0]
 
 
+def test_a_finished_run_is_left_as_it_is(documents, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.out.iterdir()}
+    again = run(documents, finished.out, resume=True, on_step=StopAt(1))
+    assert {path: path.stat().st_mtime_ns for path in finished.out.iterdir()} == before
+    assert (again.finished_before, finished.finished_before) == (True, False)
+    assert again.history == finished.history
+    expected = finished.model.state_dict()
+    assert all(v.equal(expected[name]) for name, v in again.model.state_dict().items())
+
+
 def test_refusals(documents, finished, tmp_path):
     with pytest.raises(FileExistsError, match=r"resume that run \(--resume\)"):
         run(documents, finished.out)
@@ -158,10 +168,13 @@ def test_refusals(documents, finished, tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
         run(documents, tmp_path, resume=True)
-    with pytest.raises(ValueError, match="other settings: steps = 8, not 9"):
+    with pytest.raises(ValueError, match="a run with --steps = 8, not 9: repeat"):
         run(documents, finished.out, resume=True, settings={"steps": 9})
-    with pytest.raises(ValueError, match="checkpoint of another run: other data"):
+    with pytest.raises(ValueError, match="a run with other text: repeat"):
         run(documents[:-1], finished.out, resume=True)
+    config = BertConfig(**{**SIZES, "hidden_size": 32})
+    with pytest.raises(ValueError, match="--hidden-size = 16, not 32: repeat"):
+        run(documents, finished.out, resume=True, config=config)
     with pytest.raises(ValueError, match="max_length = 64 exceeds max_position_embeddings = 32"):
         run(documents, tmp_path, settings={"masking": MaskingSettings(max_length=64)})
     with pytest.raises(ValueError, match="steps must be at least 1, not 0"):

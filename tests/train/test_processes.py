@@ -1,5 +1,6 @@
 """Two processes take the steps that one takes, data-parallel and sharded, dropout included."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -32,11 +33,15 @@ def torchrun(count, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
 
-def main(folder, sharding, accumulate, steps, resume):
-    """What each process does."""
-    import dataclasses
-
+def main(*runs):
+    """What each process does: runs behind one another, as a program takes seconds to begin."""
     torch.set_num_threads(1)
+    for run in runs:
+        one_run(*run.split(","))
+
+
+def one_run(folder, sharding, accumulate, steps, resume):
+    """Train; leave after so many steps, or 0: at the end."""
     processes = Processes("cpu")
     settings = dataclasses.replace(
         SETTINGS, sharding=sharding, accumulate=int(accumulate), steps=12, checkpoint_every=4
@@ -78,46 +83,56 @@ def plain(tmp_path_factory):
     return history, load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("sharding", "accumulate"), [("ddp", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 2)]
-)
-def test_two_processes_equal_one(plain, tmp_path, sharding, accumulate):
-    done = torchrun(2, tmp_path, sharding, accumulate, 0, "start")
+KINDS = [("ddp", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 2)]  # sharding, pieces of a step
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """The folders of the runs of two processes."""
+    folders = {kind: tmp_path_factory.mktemp("pair") for kind in KINDS}
+    done = torchrun(2, *(f"{folders[kind]},{kind[0]},{kind[1]},0,start" for kind in KINDS))
     assert done.returncode == 0, done.stderr[-3000:]
-    history = json.loads((tmp_path / "history.json").read_text())
-    assert json.loads((tmp_path / "order.json").read_text()) == [0, 1]
+    return folders
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_equal_one(plain, pairs, kind):
+    folder = pairs[kind]
+    history = json.loads((folder / "history.json").read_text())
+    assert json.loads((folder / "order.json").read_text()) == [0, 1]
     losses = [step["losses"]["label"] for step in history["steps"]]
     np.testing.assert_allclose(losses, [step.loss for step in plain[0].steps], rtol=2e-5)
     assert [e["step"] for e in history["evaluations"]] == [0, 4, 8, 12]
-    weights = load_file(tmp_path / "model.safetensors")
+    weights = load_file(folder / "model.safetensors")
     assert weights.keys() == plain[1].keys()
     for name, value in plain[1].items():
         torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=2e-5)
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [
         "BertForSequenceClassification"
     ]
 
 
-def test_a_process_that_dies_ends_the_run_and_it_resumes(tmp_path):
+def test_a_process_that_dies_ends_the_run_and_it_resumes(pairs, tmp_path):
     """The first one dies in step 6; the checkpoint is of step 4."""
-    whole = torchrun(2, tmp_path / "whole", "ddp", 1, 0, "start")
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    died = torchrun(2, tmp_path / "parts", "ddp", 1, 6, "start")
+    died = torchrun(2, f"{tmp_path},ddp,1,6,start")
     assert died.returncode != 0
-    assert not (tmp_path / "parts" / "model.safetensors").exists()
-    resumed = torchrun(2, tmp_path / "parts", "ddp", 1, 0, "resume")
+    assert not (tmp_path / "model.safetensors").exists()
+    resumed = torchrun(2, f"{tmp_path},ddp,1,0,resume")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    histories = [(tmp_path / d / "history.json").read_text() for d in ("whole", "parts")]
+    whole = pairs["ddp", 1]
+    histories = [(folder / "history.json").read_text() for folder in (whole, tmp_path)]
     assert histories[0] == histories[1]
-    first, second = (load_file(tmp_path / d / "model.safetensors") for d in ("whole", "parts"))
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path))
     assert all(first[name].equal(second[name]) for name in first)
 
 
 def test_one_process_goes_on_where_two_stopped(plain, tmp_path):
     """The checkpoint does not know how many there were."""
-    assert torchrun(2, tmp_path, "fsdp", 1, 6, "start").returncode != 0
-    done = torchrun(1, tmp_path, "fsdp", 1, 0, "resume")
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert torchrun(2, f"{tmp_path},fsdp,1,6,start").returncode != 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one_run(tmp_path, "fsdp", 1, 0, "resume")
+    torch.set_num_threads(threads)
     weights = load_file(tmp_path / "model.safetensors")
     for name, value in plain[1].items():
         torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=2e-5)
