@@ -10,6 +10,8 @@ op_cases.py         the table of op cases; attention_cases.py: attention's
 engines.py          the ways to compute an encoder from a folder of weights
 model_cases.py      inference of BERT; sentence_cases.py: sentences a second
 training_cases.py   training steps
+transformer_cases.py  training steps of the Transformer; decoding_cases.py: its decoding;
+                    transformer_peers.py: other packages' Transformers with the weights of ours
 report.py           tables and pictures of result files; plots.py draws
 compare.py          whether a ratio to a peer fell between two result files
 overhead.py         host time that an op adds to its kernel's launch

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from . import compare, op_cases, report
+from .decoding_cases import decoding
 from .harness import run_case
 from .limits import measure_limits
 from .machine import file_name, progress, provenance
@@ -27,6 +28,7 @@ from .row import RESULTS, Row, write_rows
 from .sentence_cases import OP as SENTENCES
 from .sentence_cases import sentences_per_second
 from .training_cases import training
+from .transformer_cases import sizes_of, transformer_training
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SUITES = ("ops", "models", "training")
@@ -129,7 +131,7 @@ def measure_suites(arguments: Sequence[str]) -> int:
         runners: dict[str, Callable[[], None]] = {
             "ops": lambda: run_ops(run, chosen, op_budget, options.only),
             "models": lambda: run_models(run, chosen, options.only),
-            "training": lambda: training(run, chosen, options.only),
+            "training": lambda: run_training(run, chosen, options.only),
         }
         for suite in suites:
             progress(f"== {suite}")
@@ -167,9 +169,12 @@ def list_cases(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool)
     for dtype in dtypes:
         for case in op_cases.cases(who, dtype, quick):
             print("ops", case.name)
-    for name in ("bert-mini", "bert-base", "bert-large", SENTENCES):
+    transformers = [f"transformer-{name}" for name in sizes_of(device, quick)]
+    decoded = [f"{name} decode" for name in transformers]
+    for name in ("bert-mini", "bert-base", "bert-large", SENTENCES, *decoded):
         print("models", name)
-    for name in ("bert-mini", "bert-base") if device.type == "cpu" else ("bert-base", "bert-large"):
+    trained = ("bert-mini", "bert-base") if device.type == "cpu" else ("bert-base", "bert-large")
+    for name in (*trained, *transformers):
         print("training", name)
     return 0
 
@@ -205,10 +210,17 @@ def run_ops(run: Run, dtypes: Sequence[torch.dtype], budget: float, only: str) -
 
 
 def run_models(run: Run, dtypes: Sequence[torch.dtype], only: str) -> None:
-    """Inference of BERT by every engine, and sentences a second."""
+    """Inference of BERT by every engine, sentences a second, and the Transformer's decoding."""
     inference(run, dtypes, only)
     if only in SENTENCES:
         sentences_per_second(run, dtypes)
+    decoding(run, dtypes, only)
+
+
+def run_training(run: Run, dtypes: Sequence[torch.dtype], only: str) -> None:
+    """Steps of BERT's pre-training and of the Transformer."""
+    training(run, dtypes, only)
+    transformer_training(run, dtypes, only)
 
 
 if __name__ == "__main__":
