@@ -44,15 +44,15 @@ from .messages import FOLDER, MOST_CHARACTERS, Messages, build, read
 
 PICTURE = ROOT / "docs" / "translation.png"
 DOCUMENT = ROOT / "docs" / "translation.md"
-STEPS = 6000
+STEPS = 6500
 VOCABULARY = 4000
 CONFIG = TransformerConfig(
-    hidden_size=192, num_layers=3, num_attention_heads=4, intermediate_size=768
+    hidden_size=128, num_layers=2, num_attention_heads=4, intermediate_size=512
 )
 BEAM, GREEDY, COPY, MEMORY = "beam search", "greedy", "copy", "translation memory"
 _EXAMPLES = 12
 _TOKENS_PER_BATCH = 1024
-_PEAK, _WARMUP = 1.5e-3, 0.1  # of the learning rate; part of the steps in which it rises
+_PEAK, _WARMUP = 2e-3, 0.1  # of the learning rate; part of the steps in which it rises
 _REPORT = 100  # steps between lines on stderr
 
 

@@ -24,6 +24,8 @@ _MAGIC = 0x950412DE
 _CONTEXT_END, _FORM_END = b"\x04", b"\0"
 _CHARSET = re.compile(rb"charset=([\w.:-]+)", re.IGNORECASE)
 _PLURAL = re.compile(rb"^Plural-Forms:.*?plural=([^;\n]+)", re.IGNORECASE | re.MULTILINE)
+# a line that is neither empty nor a comment; Babel reads other text as if quotes were around it
+_STRING_LINE = re.compile(r'\s*(\w+(\[\d+\])?\s*)?"([^"\\]|\\.)*"\s*')
 _GERMANIC = "n != 1"  # the rule of a catalogue that names none
 # a mark before the letter that, pressed with Alt, chooses a menu entry: GTK's _, Qt's &
 _MARK = re.compile(r"(?<![_&])[_&](?=[^\W_])")
@@ -85,12 +87,17 @@ def _read_po(path: Path) -> tuple[str, list[_Message]]:
     charset = _charset(path.read_bytes())
     line = 0
 
-    def counted() -> Iterator[bytes]:
+    def counted() -> Iterator[str]:
         nonlocal line
         with path.open("rb") as file:
             for content in file:
                 line += 1
-                yield content
+                text = content.decode(charset)
+                if line == 1:
+                    text = text.removeprefix("\ufeff")
+                if text.strip() and text.lstrip()[0] != "#" and not _STRING_LINE.fullmatch(text):
+                    raise ValueError(f"not one string in double quotes: {text.strip()!r}")
+                yield text
 
     try:
         catalogue = read_po(counted(), ignore_obsolete=True, charset=charset, abort_invalid=True)

@@ -37,6 +37,7 @@ SOURCE_COLUMN, TARGET_COLUMN = "source", "target"
 TRANSLATION = "translation"  # the object of wmt's sets
 _LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z]{2,4})?")
 _HEAD = 100_000  # characters that a first record is looked for in
+_TYPES = (*KINDS, *PARQUET, *CATALOGUES)
 _ROWS = 1024  # of a table, read at once
 
 
@@ -145,10 +146,9 @@ def _kept(found: Iterable[Pair], origin: str, unique: bool, notes: list[str] | N
 def _places(name: str) -> list[str]:
     if not os.path.isdir(name):
         return expand(name)
-    types = {*CATALOGUES, *PARQUET, *KINDS}
-    files = sorted(str(p) for p in Path(name).rglob("*") if p.suffix in types and p.is_file())
+    files = sorted(str(p) for p in Path(name).rglob("*") if p.suffix in _TYPES and p.is_file())
     if not files:
-        raise FileNotFoundError(f"{name}: no {', '.join(sorted(types))} files in this folder")
+        raise FileNotFoundError(f"{name}: no {', '.join(_TYPES)} files in this folder")
     return files
 
 
@@ -160,6 +160,8 @@ def _read(place: str, source: str, target: str, accelerators: bool) -> Iterator[
         return _of_catalogue(path, accelerators)
     if path.suffix in PARQUET:
         return _of_rows(_parquet_rows(path), source, target)
+    if path.suffix.lower() not in KINDS:
+        raise ValueError(f"{path}: the file's name must end in one of {', '.join(_TYPES)}")
     return _of_rows(_table_rows(path, source, target), source, target)
 
 
@@ -195,7 +197,7 @@ def _of_rows(rows: Iterable[Row], source: str, target: str) -> Iterator[Pair]:
 
 def _table_rows(path: Path, source: str, target: str) -> Sequence[Row]:
     """The rows of a table, with their fields under the names `source` and `target`."""
-    kind = KINDS.get(path.suffix.lower())
+    kind = KINDS[path.suffix.lower()]
     if kind not in ("tsv", "csv"):
         return read_table(path).rows
     first = _first_fields(path, kind)

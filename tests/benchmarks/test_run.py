@@ -121,7 +121,7 @@ def test_the_suites_run_in_the_order_given(command, monkeypatch):
     ran = []
     monkeypatch.setattr(run, "run_ops", lambda *a: ran.append("ops"))
     monkeypatch.setattr(run, "run_models", lambda *a: ran.append("models"))
-    monkeypatch.setattr(run, "training", lambda *a: ran.append("training"))
+    monkeypatch.setattr(run, "run_training", lambda *a: ran.append("training"))
     assert command("training", "ops", "--peers", "none")[0] == 0
     assert ran == ["training", "ops"]
     ran.clear()
@@ -133,9 +133,20 @@ def test_models_by_name(command, monkeypatch):
     ran = []
     monkeypatch.setattr(run, "inference", lambda run, dtypes, only: ran.append(only))
     monkeypatch.setattr(run, "sentences_per_second", lambda *a: ran.append("sentences"))
+    monkeypatch.setattr(run, "decoding", lambda run, dtypes, only: ran.append(f"decode {only}"))
     command("models", "--peers", "none", "--only", "bert-mini")
     command("models", "--peers", "none", "--only", "minilm")
-    assert ran == ["bert-mini", "minilm", "sentences"]
+    assert ran == ["bert-mini", "decode bert-mini", "minilm", "sentences", "decode minilm"]
+
+
+def test_training_by_name(command, monkeypatch):
+    ran = []
+    for name in ("training", "transformer_training"):
+        monkeypatch.setattr(
+            run, name, lambda run, dtypes, only, name=name: ran.append((name, only))
+        )
+    command("training", "--peers", "none", "--only", "transformer")
+    assert ran == [("training", "transformer"), ("transformer_training", "transformer")]
 
 
 def test_the_report_is_of_this_run(tmp_path, capsys):
@@ -238,7 +249,8 @@ def test_the_list_names_what_only_selects_from(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "ops layer_norm[N=8,C=32]" in lines
     assert "models minilm sentences" in lines
-    assert "training bert-mini" in lines
+    assert "models transformer-mini decode" in lines
+    assert {"training bert-mini", "training transformer-mini"} <= set(lines)
     assert len(lines) == len(set(lines))
 
 

@@ -112,7 +112,7 @@ def test_it_starts_from_word_vectors(run, table, tmp_path):
     WordVectors(["one", "two"], np.eye(2, 16, dtype=np.float32)).save(path)
     result = run(
         *("train-translation", table, "--out", tmp_path / "model", "--steps", "1", *QUICK),
-        *("--start-vectors", path),
+        *("--vocab-size", "340", "--start-vectors", path),
     )
     assert result.exit_code == 0, result.output
 

@@ -151,6 +151,23 @@ def test_damaged_po(write):
         pairs_of(write("rule.po", PO.replace("plural=(n != 1)", "plural=(n !! 1)")))
 
 
+@pytest.mark.parametrize("line", ['msgid "Open', "msgid Open", 'msgid "O"pen"', 'msgid "O" "pen"'])
+def test_a_line_without_one_quoted_string_is_an_error(write, line):
+    # Babel alone takes the first and the last character for quotes, whatever they are
+    with pytest.raises(ValueError, match=rf"bad\.po: line 8: not one string.*'{line}'"):
+        pairs_of(write("bad.po", PO.replace('msgid "Open"', line, 1)))
+
+
+def test_quotes_and_backslashes_in_a_string(write):
+    po = r'''msgid "\"a\\"''' + "\n" + r'''msgstr "#\\\"b"'''
+    assert pairs_of(write("de.po", po)) == [('"a\\', '#\\"b')]
+
+
+def test_a_byte_order_mark_is_no_text(write):
+    assert pairs_of(write("de.po", "\ufeff" + PO)) == PAIRS
+    assert pairs_of(write("a.po", '\ufeffmsgid "a"\nmsgstr "b"')) == [("a", "b")]
+
+
 @pytest.mark.parametrize(
     ("source", "target", "expected"),
     [

@@ -204,7 +204,7 @@ def test_empty_and_repeated_pairs(write):
         ("a.jsonl", '{"source": "a", "target": 1}\n', (), r"line 1: 'target' must be text, not 1"),
         ("a.jsonl", '{"source": "\\ud800", "target": ""}\n', (), r"line 1: 'source' holds half of"),
         ("a.jsonl", '{"source"\n', (), r"a\.jsonl: line 1: not JSON"),
-        ("a.xyz", "a\tb\n", (), r"a\.xyz: the file's name must end in one of \.tsv"),
+        ("a.xyz", "a\tb\n", (), r"a\.xyz: the file's name must end in one of \.tsv.*\.po, \.mo"),
         ("a.tsv", b"a\tb\n\xe4\tc\n", (), r"a\.tsv: line 2: not UTF-8"),
         ("a.csv", "", (), r"a\.csv: the file is empty"),
         ("a.csv", '""\r\n', (), r"a\.csv: no rows"),

@@ -54,18 +54,18 @@ def one_thread():
 
 
 def letters(count, seed, reverse=False):
-    """Pairs of random letters, two to eight, and the same copied or reversed."""
+    """Pairs of random letters, two to six, and the same copied or reversed."""
     random = np.random.default_rng(seed)
     pairs = []
     for number in range(count):
-        word = random.choice(list("abcdefghijkl"), size=random.integers(2, 9)).tolist()
+        word = random.choice(list("abcdefgh"), size=random.integers(2, 7)).tolist()
         answer = word[::-1] if reverse else word
         pairs.append(Pair(" ".join(word), " ".join(answer), f"pair {number}"))
     return pairs
 
 
-VOCAB_SIZE = 273  # five special tokens, 256 bytes, and the twelve letters with a space before them
-STEPS_TO_LEARN = {False: 300, True: 400}  # copying, reversing
+VOCAB_SIZE = 269  # five special tokens, 256 bytes, and the eight letters with a space before them
+STEPS_TO_LEARN = {False: 240, True: 360}  # copying, reversing
 TRAIN, HELD_OUT = letters(60, 1), letters(12, 2)
 
 
@@ -104,16 +104,23 @@ def test_copying_and_reversing_is_learned(tmp_path, reverse):
     steps = STEPS_TO_LEARN[reverse]
     settings = TranslationSettings(
         steps=steps,
-        learning_rate=3e-3,
+        learning_rate=5e-3,
+        schedule="linear",
         warmup_steps=steps // 5,
-        tokens_per_batch=1500,
+        tokens_per_batch=800,
         evaluate_every=steps,
         checkpoint_every=20,
-        average=3,
+        average=2,
         evaluation_pairs=20,
     )
     config = TransformerConfig(
-        hidden_size=64, num_layers=2, num_attention_heads=4, intermediate_size=128, dropout=0.0
+        hidden_size=64,
+        num_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        dropout=0.0,
+        label_smoothing=0.0,
+        prenorm=True,
     )
     result = train_translation(
         train, test, tmp_path, config=config, vocab_size=290, settings=settings, progress=False
@@ -364,7 +371,14 @@ def test_two_processes_equal_one(tmp_path, whole, sharding):
         assert found["figures"] == pytest.approx(figures, rel=1e-3)
     model = Transformer.from_pretrained(tmp_path).state_dict()
     for name, value in whole.model.state_dict().items():
-        torch.testing.assert_close(model[name], value, rtol=1e-3, atol=2e-4)
+        counts = torch.ones(len(value), dtype=torch.bool)
+        # the bias of keys adds one number to all scores of a row: its gradient is 0 but for
+        # rounding, which Adam brings to the size of its rate
+        if name.endswith("qkv.bias"):
+            counts[16:32] = False
+        elif name.endswith("kv.bias"):
+            counts[:16] = False
+        torch.testing.assert_close(model[name][counts], value[counts], rtol=1e-3, atol=2e-4)
 
 
 class Copies(Translate):
