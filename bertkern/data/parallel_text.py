@@ -27,10 +27,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from .catalogues import CATALOGUES, read_catalogue, strip_accelerators
-from .sources import HUB, PARQUET, expand, text_lines
+from .sources import expand, text_lines
+from .streamed_rows import HUB, PARQUET, hub_rows, parquet_rows
 from .tables import KINDS, Row, lines_of, read_table, read_utf8
 
 SOURCE_COLUMN, TARGET_COLUMN = "source", "target"
@@ -38,7 +38,6 @@ TRANSLATION = "translation"  # the object of wmt's sets
 _LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z]{2,4})?")
 _HEAD = 100_000  # characters that a first record is looked for in
 _TYPES = (*KINDS, *PARQUET, *CATALOGUES)
-_ROWS = 1024  # of a table, read at once
 
 
 @dataclass(frozen=True)
@@ -155,11 +154,11 @@ def _places(name: str) -> list[str]:
 def _read(place: str, source: str, target: str, accelerators: bool) -> Iterator[Pair]:
     path = Path(place)
     if place.startswith(HUB):
-        return _of_rows(_hub_rows(place), source, target)
+        return _of_rows(hub_rows(place), source, target)
     if path.suffix in CATALOGUES:
         return _of_catalogue(path, accelerators)
     if path.suffix in PARQUET:
-        return _of_rows(_parquet_rows(path), source, target)
+        return _of_rows(parquet_rows(path), source, target)
     if path.suffix.lower() not in KINDS:
         raise ValueError(f"{path}: the file's name must end in one of {', '.join(_TYPES)}")
     return _of_rows(_table_rows(path, source, target), source, target)
@@ -220,46 +219,3 @@ def _first_fields(path: Path, kind: str) -> list[str]:
     else:
         records = (line.split("\t") for _, line in lines_of(text))
     return next((record for record in records if any(map(str.strip, record))), [])
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ModuleNotFoundError as error:
-        raise _missing("pyarrow", str(path)) from error
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as table:
-            for rows in table.iter_batches(_ROWS):
-                for fields in rows.to_pylist():
-                    number += 1
-                    yield Row(f"{path}: row {number}", fields)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: damaged, or not a parquet file ({error})") from error
-
-
-def _hub_rows(place: str) -> Iterator[Row]:
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise _missing("datasets", place) from error
-    name, config, split = (*place.removeprefix(HUB).split(":"), "", "")[:3]
-    number = 0
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        stream: Iterator[Any] = iter(rows)
-        while (fields := next(stream, None)) is not None:
-            number += 1
-            yield Row(f"{place}: row {number}", dict(fields))
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConnectionError(
-            f"{place}: cannot be read after {number} rows ({reason}); without a network, give files"
-        ) from error
-
-
-def _missing(package: str, place: str) -> ModuleNotFoundError:
-    return ModuleNotFoundError(
-        f"{place} needs the package {package}: pip install 'bertkern[data]'", name=package
-    )

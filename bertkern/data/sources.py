@@ -22,13 +22,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .streamed_rows import HUB, PARQUET, hub_rows, parquet_rows
+from .tables import Row
 from .text import HALF_PAIR, Document, has_half_pair, split_lines, split_sentences
 
 Split = Callable[[str], Document]  # a text into its sentences
 
-TEXT, JSON_LINES, PARQUET = (".txt",), (".jsonl", ".ndjson", ".json"), (".parquet",)
-HUB = "hub:"
-_ROWS = 1024  # of a table, read at once
+TEXT, JSON_LINES = (".txt",), (".jsonl", ".ndjson", ".json")
 
 
 def stream_documents(
@@ -105,11 +105,12 @@ def expand(source: str | os.PathLike[str]) -> list[str]:
 def _read(place: str, text_column: str, split: Split) -> Iterator[Document]:
     suffix = Path(place).suffix
     if place.startswith(HUB):
-        return _hub_documents(place, text_column, split)
+        return _row_documents(hub_rows(place), text_column, split)
     if suffix in JSON_LINES:
         return _json_documents(Path(place), text_column, split)
     if suffix in PARQUET:
-        return _parquet_documents(Path(place), text_column, split)
+        rows = parquet_rows(Path(place), [text_column])
+        return _row_documents(rows, text_column, split)
     return _text_documents(Path(place), split)
 
 
@@ -160,46 +161,10 @@ def _json_documents(path: Path, text_column: str, split: Split) -> Iterator[Docu
         yield _document(row[text_column], text_column, where, split)
 
 
-def _parquet_documents(path: Path, text_column: str, split: Split) -> Iterator[Document]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ModuleNotFoundError as error:
-        raise _missing("pyarrow", str(path)) from error
-    row = 0
-    try:
-        with parquet.ParquetFile(path) as table:
-            _find(text_column, table.schema_arrow.names, str(path))
-            for rows in table.iter_batches(_ROWS, columns=[text_column]):
-                for value in rows.column(0).to_pylist():
-                    row += 1
-                    yield _document(value, text_column, f"{path}: row {row}", split)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: damaged, or not a parquet file ({error})") from error
-
-
-def _hub_documents(place: str, text_column: str, split: Split) -> Iterator[Document]:
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise _missing("datasets", place) from error
-    name, config, part = (*place.removeprefix(HUB).split(":"), "", "")[:3]
-    row = 0
-    try:
-        rows = datasets.load_dataset(name, config or None, split=part or "train", streaming=True)
-        stream: Iterator[Any] = iter(rows)
-        while (entry := next(stream, None)) is not None:
-            row += 1
-            where = f"{place}: row {row}"
-            _find(text_column, entry, where)
-            yield _document(entry[text_column], text_column, where, split)
-    except (OSError, RuntimeError, ValueError) as error:
-        if str(error).startswith(place):
-            raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConnectionError(
-            f"{place}: cannot be read after {row} rows ({reason}); without a network, give files"
-        ) from error
+def _row_documents(rows: Iterable[Row], text_column: str, split: Split) -> Iterator[Document]:
+    for row in rows:
+        _find(text_column, row.fields, row.where)
+        yield _document(row.fields[text_column], text_column, row.where, split)
 
 
 def _find(text_column: str, columns: Iterable[str], where: str) -> None:
@@ -229,9 +194,3 @@ def _kind(value: Any) -> str:
         other = next((type(v).__name__ for v in value if not isinstance(v, str)), "str")
         return f"a list of {other}"
     return type(value).__name__
-
-
-def _missing(package: str, place: str) -> ModuleNotFoundError:
-    return ModuleNotFoundError(
-        f"{place} needs the package {package}: pip install 'bertkern[data]'", name=package
-    )

@@ -107,11 +107,11 @@ def make_optimizer(model: nn.Module, settings: LoopSettings) -> torch.optim.Opti
         )
     groups = [
         {
-            "params": [p for n, p in named if p.dim() > 1 and (".qkv." in n) == (packed == 3)],
+            "params": [p for n, p in named if p.dim() > 1 and _packed(n) == packed],
             "weight_decay": settings.weight_decay,
             "packed": packed,
         }
-        for packed in (1, 3)
+        for packed in (1, 2, 3)
     ]
     return Lamb(
         [*(g for g in groups if g["params"]), {"params": vectors, "weight_decay": 0.0}],
@@ -119,3 +119,8 @@ def make_optimizer(model: nn.Module, settings: LoopSettings) -> torch.optim.Opti
         betas=settings.betas,
         eps=settings.eps,
     )
+
+
+def _packed(name: str) -> int:
+    """How many matrices a parameter holds, by its name."""
+    return 3 if ".qkv." in name else 2 if ".kv." in name else 1

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bertkern.models import BertConfig, BertForPreTraining
+from bertkern.models import BertConfig, BertForPreTraining, Transformer, TransformerConfig
 from bertkern.train import Lamb, LoopSettings
 from bertkern.train.optimizer import make_optimizer
 
@@ -72,6 +72,19 @@ def test_lamb_gives_query_key_and_value_their_own_ratios():
     names = {id(p): n for n, p in model.named_parameters()}
     packed = {names[id(p)]: g["packed"] for g in groups for p in g["params"]}
     assert packed.pop("bert.layers.0.attention.qkv.weight") == 3
+    assert set(packed.values()) == {1}
+
+
+def test_lamb_gives_the_sources_keys_and_values_their_own_ratios():
+    """Those of cross-attention are one parameter here and two elsewhere."""
+    config = TransformerConfig(vocab_size=9, hidden_size=4, num_layers=1, num_attention_heads=2)
+    model = Transformer(config)
+    groups = make_optimizer(model, LoopSettings(optimizer="lamb")).param_groups
+    names = {id(p): n for n, p in model.named_parameters()}
+    packed = {names[id(p)]: g["packed"] for g in groups for p in g["params"]}
+    assert packed.pop("decoder.0.cross_attention.kv.weight") == 2
+    assert packed.pop("encoder.0.attention.qkv.weight") == 3
+    assert packed.pop("decoder.0.attention.qkv.weight") == 3
     assert set(packed.values()) == {1}
 
 
