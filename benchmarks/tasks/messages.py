@@ -7,8 +7,9 @@
 Programs bring their messages as gettext catalogues (FOLDER/**/de/LC_MESSAGES/*.mo, by default of
 /usr/share); no download. Left out are lists of names (languages, countries, currencies, keyboards),
 messages that are not translated, and long ones. Of messages that differ in case, digits,
-punctuation or format codes only, on either side, the first is kept: so nothing that is held out,
-and nothing nearly like it, is trained on. The same catalogues and the same seed give the same
+punctuation or format codes only, on either side, the first is kept, and the singular and plural of
+one message stay together: so no message that is held out is trained on in any of these forms. The
+same catalogues and the same seed give the same
 files; printed are the catalogues, how many messages each gives, and a digest.
 """
 
@@ -63,12 +64,11 @@ def read(folder: Path) -> dict[str, list[Pair]]:
     Raises:
         FileNotFoundError: there is none.
     """
-    paths = {path.stem: path for path in sorted(folder.glob(PATTERN))}
-    found = {
-        name: read_parallel([path], accelerators=False)
-        for name, path in sorted(paths.items())
-        if not NAMES.match(name)
-    }
+    paths = {str(path): path.stem for path in sorted(folder.glob(PATTERN))}
+    chosen = {path: name for path, name in paths.items() if not NAMES.match(name)}
+    found: dict[str, list[Pair]] = {}
+    for pair in read_parallel(chosen, accelerators=False) if chosen else ():
+        found.setdefault(chosen[pair.where.rpartition(": ")[0]], []).append(pair)
     if not found:
         raise FileNotFoundError(
             f"{folder}: no {PATTERN}; the messages of programs come with Linux distributions, "
@@ -116,9 +116,14 @@ def build(catalogues: Mapping[str, Sequence[Pair]], seed: int = 0) -> Messages:
             f"{len(pairs)} messages: at least {2 * (DEV + TEST)} are needed, of which {DEV + TEST} "
             "are held out"
         )
-    order = np.random.default_rng(seed).permutation(len(pairs)).tolist()
-    parts = order[TEST + DEV :], order[TEST : TEST + DEV], order[:TEST]
-    train, dev, test = ([pairs[i] for i in part] for part in parts)
+    forms: dict[str, list[Pair]] = {}  # of each message: one, or its singular and its plural
+    for pair in pairs:
+        forms.setdefault(pair.where, []).append(pair)
+    messages = list(forms.values())
+    train, dev, test = list[Pair](), list[Pair](), list[Pair]()
+    for number in np.random.default_rng(seed).permutation(len(messages)).tolist():
+        part = test if len(test) < TEST else dev if len(dev) < DEV else train
+        part.extend(messages[number])
     return Messages(train, dev, test, {name: len(kept[name]) for name in kept if kept[name]})
 
 

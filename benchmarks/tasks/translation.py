@@ -44,7 +44,7 @@ from .messages import FOLDER, MOST_CHARACTERS, Messages, build, read
 
 PICTURE = ROOT / "docs" / "translation.png"
 DOCUMENT = ROOT / "docs" / "translation.md"
-STEPS = 6500
+STEPS = 5500
 VOCABULARY = 4000
 CONFIG = TransformerConfig(
     hidden_size=128, num_layers=2, num_attention_heads=4, intermediate_size=512
@@ -196,8 +196,8 @@ def page(found: dict[str, Any], picture: str) -> str:
         f"catalogues of one Linux system, {len(data['taken'])} of them: {data['train']:,} messages "
         f"to train on, {data['dev']:,} for the curves, {data['test']:,} for the table. Of messages",
         "that differ in case, digits, punctuation or format codes only, in English or in German, "
-        "one is kept, so none like those of the test is",
-        "trained on.",
+        "one is kept, and singular and plural",
+        "of a message stay together: no test message is trained on in any of these forms.",
         "",
         f"The model: {config['num_layers']} + {config['num_layers']} layers of "
         f"{config['hidden_size']} columns, {config['num_attention_heads']} heads, a BPE of "

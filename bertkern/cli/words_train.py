@@ -173,7 +173,11 @@ def train(
 
 def _refuse_to_overwrite(path: Path, run: Path, overwrite: bool) -> None:
     """Fail where files are in the way, or remove those of an interrupted run."""
+    from bertkern.data.skip_gram import META
+
     if overwrite:
+        if run.exists() and not (run / "text" / META).is_file():
+            raise CommandError(f"{run} is not of a run of this command: move it, or choose --out")
         shutil.rmtree(run, ignore_errors=True)
         return
     if run.exists():

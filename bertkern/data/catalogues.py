@@ -50,12 +50,13 @@ def read_catalogue(path: Path) -> Iterator[tuple[str, str, str]]:
     rule, messages = _read_mo(path) if path.suffix == ".mo" else _read_po(path)
     try:
         form_of: Callable[[int], int] = gettext.c2py(rule)
-    except ValueError as error:
+        forms_of = {count: form_of(count) for count in (_ONE, _MORE)}
+    except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{path}: Plural-Forms of the header: {error}") from error
     for message in messages:
         for text, count in zip(message.texts, (_ONE, _MORE), strict=False):
-            form = form_of(count) if len(message.texts) > 1 else 0
-            if text and form < len(message.forms) and message.forms[form]:
+            form = forms_of[count] if len(message.texts) > 1 else 0
+            if text and 0 <= form < len(message.forms) and message.forms[form]:
                 yield text, message.forms[form], message.where
 
 

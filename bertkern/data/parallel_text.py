@@ -35,7 +35,7 @@ from .tables import KINDS, Row, lines_of, read_table, read_utf8
 
 SOURCE_COLUMN, TARGET_COLUMN = "source", "target"
 TRANSLATION = "translation"  # the object of wmt's sets
-_LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z]{2,4})?")
+_LANGUAGE = re.compile(r"[a-z]{2}([-_][A-Za-z]{2,4})?")
 _HEAD = 100_000  # characters that a first record is looked for in
 _TYPES = (*KINDS, *PARQUET, *CATALOGUES)
 

@@ -277,6 +277,10 @@ def sample(
     Their scores are of the model's own probabilities, whatever the temperature and the cuts.
     """
     check_search(1, length_penalty, num, sampling)
+    if numbers is not None and len(numbers) != len(limits):
+        raise ValueError(
+            f"numbers must be one for each of {len(limits)} sources, not {len(numbers)}"
+        )
     numbered = np.arange(len(limits)) if numbers is None else np.asarray(numbers, dtype=np.int64)
     keys = derive(derive(sampling.seed, numbered)[:, None], np.arange(num))  # [B, K]
 

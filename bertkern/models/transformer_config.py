@@ -78,10 +78,16 @@ class TransformerConfig:
             )
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
-            if not isinstance(value, int) or not 0 <= value < self.vocab_size:
+            if type(value) is not int or not 0 <= value < self.vocab_size:
                 raise ValueError(
                     f"{name} must be an integer below vocab_size = {self.vocab_size}, not {value!r}"
                 )
+
+        ids = (self.pad_token_id, self.bos_token_id, self.eos_token_id)
+        if len(set(ids)) < len(ids):
+            raise ValueError(
+                f"pad_token_id, bos_token_id and eos_token_id must be different, not {ids}"
+            )
 
     @property
     def activation(self) -> str:

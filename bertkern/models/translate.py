@@ -158,7 +158,8 @@ class Translate:
             num: translations of each text: the best and num - 1 alternatives; at most beam_size
                 unless sampling.
             sampling: draw translations in place of searching the best; a text's are a function of
-                the seed and the text's number in the input.
+                the seed and the text's number in the input (on a CPU up to the rounding of its
+                batch's products).
             max_length: the most tokens of a translation, its end included; None: 50 more than the
                 source has.
             batch_size: at most so many texts are computed together.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, cast
@@ -27,6 +28,7 @@ FORMATS = ("text", "binary")
 _SUFFIXES = {".txt": "text", ".vec": "text", ".bin": "binary"}
 _LONGEST_WORD = 1 << 12  # bytes; a file whose words do not end is damaged
 _CHUNK = 1 << 20  # bytes read at once
+_MOST_DIGITS, _MOST_NUMBERS = 18, 1 << 16  # of a count; of a vector: more is a damaged file
 _FLOAT = np.dtype("<f4")
 
 
@@ -95,7 +97,7 @@ def read(
     with _open(path, "rb", compressed=path.name.endswith(".gz")) as file:
         try:
             words, numbers, size = read_words(file, path, limit)
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: damaged, or not compressed by gzip ({error})") from error
     return words, np.frombuffer(numbers, _FLOAT).reshape(len(words), size).astype(np.float32)
 
@@ -108,6 +110,8 @@ def _header(line: bytes) -> tuple[int, int] | None:
     """(N, d) of a first line that has two whole numbers and nothing else."""
     fields = line.split()
     if len(fields) != 2 or not all(field.isdigit() for field in fields):
+        return None
+    if max(map(len, fields)) > _MOST_DIGITS or int(fields[1]) > _MOST_NUMBERS:
         return None
     return int(fields[0]), int(fields[1])
 

@@ -89,6 +89,14 @@ class LoopSettings:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
+        if not all(0 <= beta < 1 for beta in self.betas) or not self.eps >= 0:
+            raise ValueError(
+                f"betas must be in [0, 1) and eps at least 0, not {self.betas} and {self.eps}"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in 0..2^63 - 1, not {self.seed}")
         if self.max_gradient_norm is not None and not self.max_gradient_norm > 0:
             raise ValueError(f"max_gradient_norm must be positive, not {self.max_gradient_norm}")
         if self.average > 1 and self.patience is not None:

@@ -59,6 +59,7 @@ def draw_words(vectors: WordVectors, words: Sequence[str], path: str | Path) -> 
             textcoords="offset points",
             fontsize=_POINTS,
             color=_LABEL,
+            parse_math=False,  # a word may hold a $
         )
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -90,6 +90,6 @@ def test_a_cell_holds_any_text():
 def test_the_rate_rises_in_a_tenth_of_the_steps_and_falls_as_one_over_the_root():
     settings = translation.settings_of(4000, 0)
     rates = [settings.rate(step) for step in range(4000)]
-    assert max(rates) == pytest.approx(1.5e-3)
+    assert max(rates) == pytest.approx(translation._PEAK)
     assert rates.index(max(rates)) in (399, 400)
-    assert rates[1599] == pytest.approx(0.75e-3)  # after four times the warm-up
+    assert rates[1599] == pytest.approx(translation._PEAK / 2)  # after four times the warm-up
