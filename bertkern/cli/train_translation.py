@@ -271,7 +271,8 @@ def _print_summary(result: "TranslationResult", test: "list[Pair]") -> None:
     )
     count = min(_SAMPLES, len(test))
     samples = [test[len(test) * i // count] for i in range(count)]
-    translations = Translate(result.model, result.tokenizer)([pair.source for pair in samples])
+    translate = Translate.from_pretrained(result.out)  # whole, also where FSDP2 holds parts
+    translations = translate([pair.source for pair in samples])
     for pair, translation in zip(samples, translations, strict=True):
         out.print(f"  {pair.source}", markup=False, style="bold")
         out.print(f"    is translated to  {translation.text}", markup=False)

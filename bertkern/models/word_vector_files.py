@@ -28,7 +28,7 @@ FORMATS = ("text", "binary")
 _SUFFIXES = {".txt": "text", ".vec": "text", ".bin": "binary"}
 _LONGEST_WORD = 1 << 12  # bytes; a file whose words do not end is damaged
 _CHUNK = 1 << 20  # bytes read at once
-_MOST_DIGITS, _MOST_NUMBERS = 18, 1 << 16  # of a count; of a vector: more is a damaged file
+_MOST_DIGITS, _MOST_NUMBERS = 18, 1 << 20  # of a count; of a vector: more is a damaged file
 _FLOAT = np.dtype("<f4")
 
 
@@ -106,13 +106,14 @@ def _open(path: Path, mode: str, compressed: bool) -> IO[Any]:
     return cast(IO[Any], gzip.open(path, mode) if compressed else open(path, mode))
 
 
-def _header(line: bytes) -> tuple[int, int] | None:
-    """(N, d) of a first line that has two whole numbers and nothing else."""
+def _header(line: bytes, path: Path) -> tuple[int, int] | None:
+    """(N, d) of a first line that has two whole numbers and nothing else; ValueError if no file
+    can hold so much."""
     fields = line.split()
     if len(fields) != 2 or not all(field.isdigit() for field in fields):
         return None
     if max(map(len, fields)) > _MOST_DIGITS or int(fields[1]) > _MOST_NUMBERS:
-        return None
+        raise ValueError(f"{path}: damaged: its first line is {line.strip().decode()[:60]!r}")
     return int(fields[0]), int(fields[1])
 
 
@@ -124,7 +125,7 @@ def _read_text(file: IO[bytes], path: Path, limit: int | None) -> tuple[list[str
     for number, line in enumerate(file, start=1):
         where = f"{path}: line {number}"
         if number == 1:
-            header = _header(line)
+            header = _header(line, path)
             if header is not None:
                 count, size = header
                 if min(header) < 1:
@@ -158,7 +159,7 @@ def _read_text(file: IO[bytes], path: Path, limit: int | None) -> tuple[list[str
 def _read_binary(
     file: IO[bytes], path: Path, limit: int | None
 ) -> tuple[list[str], bytearray, int]:
-    header = _header(file.readline(64))
+    header = _header(file.readline(64), path)
     if header is None or min(header) < 1:
         raise ValueError(
             f"{path}: damaged, or not word2vec's binary format: its first line must hold two "

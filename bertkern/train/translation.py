@@ -40,7 +40,13 @@ from torch import Tensor, nn
 from bertkern.data.files import write_text
 from bertkern.data.packing import Batch, PackedBatch
 from bertkern.data.parallel_text import Pair
-from bertkern.data.tokenizer import SpecialIds, load_tokenizer, save_tokenizer, train_tokenizer
+from bertkern.data.tokenizer import (
+    SpecialIds,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+    vocabulary_digest,
+)
 from bertkern.data.translation import TranslationData
 from bertkern.models.transformer import Transformer, TransformerOutput
 from bertkern.models.transformer_config import TransformerConfig
@@ -103,6 +109,7 @@ class TranslationResult:
     """What `train_translation` made; the same is in the folder `out`.
 
     Attributes:
+        model: with several processes and FSDP2, what this one holds of it; `out` has it whole.
         left_out: training and held-out pairs that were longer than settings.max_length.
         finished_before: the run that was to be resumed had ended; nothing was computed or written.
     """
@@ -252,8 +259,9 @@ def train_translation(
             pairs; fewer if the text is small.
         tokenizer: use this one and learn none.
         start_vectors: word vectors that embeddings of tokens which are words start from.
-        settings: how to train. A resumed run must repeat those that it was started with, and its
-            config, or give None.
+        settings: how to train. A resumed run must repeat those that it was started with, its
+            config and its tokenizer, or give None; it looks at neither vocab_size nor
+            start_vectors.
         device: where to compute.
         resume: go on from out's checkpoint; a run that has ended is read and left as it is.
         overwrite: start anew although out holds a checkpoint or a model, which are removed.
@@ -275,7 +283,10 @@ def train_translation(
     check_matplotlib()
     if resume:
         checkpoint = existing_checkpoint(out, processes)
-        tokenizer = load_tokenizer(out)
+        own = load_tokenizer(out)
+        if tokenizer is not None and vocabulary_digest(tokenizer) != vocabulary_digest(own):
+            raise ValueError(f"{out} belongs to a run with another tokenizer: repeat that, or none")
+        tokenizer = own
         settings, config = _resumed_settings(checkpoint, settings, config)
     elif not overwrite:
         refuse_to_overwrite(out)

@@ -11,8 +11,8 @@ from bertkern.benchmarks.tasks import messages
 from bertkern.data.parallel_text import Pair, read_parallel
 
 
-def pair(source, target):
-    return Pair(source, target, "")
+def pair(source, target, where=None):
+    return Pair(source, target, where or f"file: {source}")
 
 
 def many(count):
@@ -34,6 +34,7 @@ def test_read(tmp_path):
     write_catalogue(tmp_path / "locale/de/LC_MESSAGES/b.mo", [("_Open", "_Öffnen")])
     write_catalogue(tmp_path / "vim/lang/de/LC_MESSAGES/a.mo", [("Close", "Schließen")])
     write_catalogue(tmp_path / "locale/de/LC_MESSAGES/iso_639.mo", [("German", "Deutsch")])
+    write_catalogue(tmp_path / "locale/de/LC_MESSAGES/empty.mo", [])
     write_catalogue(tmp_path / "locale/fr/LC_MESSAGES/b.mo", [("Open", "Ouvrir")])
     found = messages.read(tmp_path)
     assert {name: [(p.source, p.target) for p in pairs] for name, pairs in found.items()} == {
@@ -101,6 +102,16 @@ def test_build_and_write(tmp_path):
         ]
     with pytest.raises(ValueError, match="2599 messages: at least 2600 are needed"):
         messages.build({"a": many(2599)})
+
+
+def test_forms_of_a_message_stay_together():
+    """Its singular and its plural stand at one place of the catalogue."""
+    pairs = many(3000)
+    together = [pair(p.source, p.target, f"file: {i // 2}") for i, p in enumerate(pairs)]
+    built = messages.build({"a": together})
+    parts = [{p.where for p in part} for part in (built.train, built.dev, built.test)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 1500
+    assert (len(built.dev), len(built.test)) == (messages.DEV, messages.TEST)
 
 
 def test_command(tmp_path, monkeypatch, capsys):

@@ -182,3 +182,23 @@ def test_a_byte_order_mark_is_no_text(write):
 )
 def test_strip_accelerators(source, target, expected):
     assert strip_accelerators(source, target) == expected
+
+
+@pytest.mark.parametrize("rule", ["n%0", "n/0"])
+def test_a_plural_rule_that_divides_by_nothing_is_named(tmp_path, rule):
+    path = tmp_path / "a.po"
+    path.write_text(
+        f'msgid ""\nmsgstr "Plural-Forms: nplurals=2; plural={rule};\\n"\n\n'
+        'msgid "a file"\nmsgid_plural "files"\nmsgstr[0] "eine"\nmsgstr[1] "viele"\n'
+    )
+    with pytest.raises(ValueError, match="Plural-Forms of the header"):
+        list(read_catalogue(path))
+
+
+def test_a_plural_rule_below_zero_gives_no_form(tmp_path):
+    path = tmp_path / "a.po"
+    path.write_text(
+        'msgid ""\nmsgstr "Plural-Forms: nplurals=2; plural=0-1;\\n"\n\n'
+        'msgid "a file"\nmsgid_plural "files"\nmsgstr[0] "eine"\nmsgstr[1] "viele"\n'
+    )
+    assert list(read_catalogue(path)) == []

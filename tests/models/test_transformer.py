@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import bertkern
-from bertkern.models import Transformer, TransformerConfig
+from bertkern.models import Sampling, Transformer, TransformerConfig
 from bertkern.nn import sinusoidal_positions
 from bertkern.ops import _backend
 
@@ -601,6 +601,8 @@ def test_files_that_do_not_fit(tmp_path):
         ({"label_smoothing": -0.1}, "label_smoothing must be a number >= 0"),
         ({"hidden_act": "swish"}, "hidden_act must be one of"),
         ({"eos_token_id": 37000}, "eos_token_id must be an integer below vocab_size = 37000"),
+        ({"bos_token_id": 3}, r"must be different, not \(0, 3, 3\)"),
+        ({"pad_token_id": True}, "pad_token_id must be an integer below"),
         ({"hidden_sizes": 3}, "unknown config keys hidden_sizes"),
     ],
 )
@@ -624,3 +626,18 @@ def test_argument_errors():
         model(ids, ids.expand(2, 2))
     with pytest.raises(ValueError, match=r"labels has shape \[1, 1\], target_ids \[1, 2\]"):
         model(ids, ids, labels=ids[:, :1])
+
+
+def test_generate_needs_a_number_for_each_source():
+    sampling = Sampling()
+    with pytest.raises(ValueError, match="numbers must be one for each of 2 sources, not 1"):
+        make().generate(torch.tensor([[4], [5]]), sampling=sampling, numbers=[0])
+
+
+def test_generate_leaves_the_mode_as_it_was_and_draws_nothing():
+    model = make(dropout=0.5).train()
+    ids = torch.tensor([[4, 5, 3], [6, 7, 3]])
+    found = [model.generate(ids, beam_size=2, num=2, max_length=5) for _ in range(2)]
+    assert model.training
+    assert found[0] == found[1] == model.eval().generate(ids, beam_size=2, num=2, max_length=5)
+    assert all(0 not in h.ids and 2 not in h.ids for row in found[0] for h in row)

@@ -1,5 +1,6 @@
 """The files of word2vec: bytes written by hand from the formats' description, and gensim's."""
 
+import contextlib
 import gzip
 import struct
 
@@ -162,6 +163,23 @@ def test_text_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "v.txt").write_bytes(b"1 2\n\xff 1 2\n")
     with pytest.raises(ValueError, match="line 2: not UTF-8"):
         read(tmp_path / "v.txt")
+
+
+@pytest.mark.parametrize("numbers", ["1 99999999999999999999", "1 999999999999", "9" * 30 + " 2"])
+@pytest.mark.parametrize("name", ["v.bin", "v.txt"])
+def test_headers_that_no_file_can_hold(tmp_path, name, numbers):
+    (tmp_path / name).write_bytes(numbers.encode() + b"\na 1 2\n")
+    with pytest.raises(ValueError, match=rf"{name}: (damaged|line)"):
+        read(tmp_path / name)
+
+
+def test_flipped_bytes_of_a_compressed_file_are_named(tmp_path):
+    path = tmp_path / "v.bin.gz"
+    whole = gzip.compress(binary_bytes())
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        with contextlib.suppress(ValueError):  # some flips, as of the time, change nothing
+            read(path)
 
 
 def test_damaged_binary_is_named(tmp_path):

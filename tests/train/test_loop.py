@@ -244,6 +244,9 @@ def test_refusals(tmp_path):
         ({"precision": "fp8"}, "precision must be one of"),
         ({"warmup_fraction": 1.5}, r"warmup_fraction must be in 0..1, not 1.5"),
         ({"patience": 0}, "patience must be at least 1, not 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive, not nan"),
+        ({"betas": (2.0, 0.9)}, r"betas must be in \[0, 1\)"),
+        ({"seed": 2**70}, r"seed must be in 0\.\.2\^63 - 1"),
         ({"optimizer": "lamb", "sharding": "fsdp"}, "'lamb' needs sharding = 'ddp', not 'fsdp'"),
         (
             {"precision": "fp16", "sharding": "fsdp"},

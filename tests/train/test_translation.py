@@ -327,6 +327,9 @@ def test_refusals(tmp_path, whole):
         train_translation(TRAIN[1:], HELD_OUT, whole.out, resume=True, progress=False)
     with pytest.raises(ValueError, match="a run with other held-out pairs: repeat"):
         train_translation(TRAIN, HELD_OUT[1:], whole.out, resume=True, progress=False)
+    other = train_tokenizer(["another text"], VOCAB_SIZE, lowercase=False, kind="bpe")
+    with pytest.raises(ValueError, match="a run with another tokenizer"):
+        run(whole.out, resume=True, arguments={"tokenizer": other})
     with pytest.raises(ValueError, match="evaluation_pairs must be at least 1, not 0"):
         TranslationSettings(evaluation_pairs=0)
 
