@@ -67,7 +67,7 @@ def answer(
         raise CommandError("--question and --context belong together")
     if question is not None and files:
         raise CommandError("give files or --question, not both")
-    kind = lines.choose_format(format, output, few=question is not None)
+    kind = lines.choose_format(format, output, files, few=question is not None)
     reader = Answer.from_pretrained(
         model, pick_device(device), max_length=max_length, stride=stride
     )

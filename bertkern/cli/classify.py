@@ -53,7 +53,7 @@ def classify(
         raise CommandError("give files or --text, not both")
     if pair is not None and text is None:
         raise CommandError("--pair needs --text")
-    kind = lines.choose_format(format, output, few=text is not None)
+    kind = lines.choose_format(format, output, files, few=text is not None)
     classifier = Classify.from_pretrained(model, pick_device(device))
     if text is not None:
         given = {"text": text} if pair is None else {"text": text, "text_pair": pair}

@@ -101,6 +101,7 @@ def embed(
     )
     if to_stdout and kind is Format.npy:
         raise CommandError("--out -: the standard output takes --format jsonl only")
+    lines.refuse_to_replace(out, files)
 
     from bertkern.models import SentenceEncoder
 

@@ -55,7 +55,7 @@ def fill_mask(
 
     if texts and files:
         raise CommandError("give texts or --file, not both")
-    kind = lines.choose_format(format, output, few=bool(texts))
+    kind = lines.choose_format(format, output, files, few=bool(texts))
     filler = FillMask.from_pretrained(model, pick_device(device))
     size = filler.model.config.vocab_size
     if top > size:

@@ -270,21 +270,39 @@ def results(
         raise waiting[error.index - done].line.error(error.reason) from error
 
 
+def refuse_to_replace(out: Path | None, sources: Sequence[str] | None) -> None:
+    """Raise CommandError where --out is one of the files that are read."""
+    if out is None or not out.exists():
+        return
+    if any(
+        source != STDIN and Path(source).exists() and out.samefile(source)
+        for source in sources or ()
+    ):
+        raise CommandError(f"--out {out} is a file that is read: its text would be lost")
+
+
 def choose_format(
-    format: Format | None, out: Path | None, few: bool = False, plain: bool = False
+    format: Format | None,
+    out: Path | None,
+    sources: Sequence[str] | None = None,
+    few: bool = False,
+    plain: bool = False,
 ) -> Format:
     """The format that the user asked for, or that --out's name or the terminal suggests.
 
     Args:
         format: of --format.
         out: of --out.
+        sources: files that are read, none of which `out` may be.
         few: the inputs stood on the command line, so a person reads the results.
         plain: the command has results of one plain line, and writes them where nothing says
             otherwise; JSON lines else.
 
     Raises:
-        CommandError: a table in a file, or text from a command that has none.
+        CommandError: a table in a file, text from a command that has none, or results in place of
+            what is read.
     """
+    refuse_to_replace(out, sources)
     if out is not None and format is Format.table:
         raise CommandError("--format table is for the terminal; a file takes jsonl, tsv or csv")
     if format is Format.text and not plain:
@@ -329,7 +347,7 @@ def write_results(
         fields: a result's part of the record.
         output: where to.
         what: "texts", "questions", ...
-        longest: tokens that the model takes.
+        longest: tokens that a text is cut to.
 
     Raises:
         CommandError: the file cannot be written, or there is no input at all.
@@ -361,7 +379,7 @@ def report(count: int, cut: int, what: str, longest: int, target: object | None)
     if target is not None:
         notes.append(f"{count} {what} -> {target}")
     if cut:
-        notes.append(f"{cut} of {count} {what} cut to the {longest} tokens that the model takes")
+        notes.append(f"{cut} of {count} {what} cut to {longest} tokens")
     if notes:
         err.print("; ".join(notes), markup=False)
 

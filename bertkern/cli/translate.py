@@ -117,7 +117,7 @@ def translate(
         raise CommandError(
             f"--alternatives {alternatives} needs --beam-size {num} or more, not {beam_size}"
         )
-    kind = lines.choose_format(format, output, plain=True)
+    kind = lines.choose_format(format, output, files, plain=alternatives == 0)
     translator = Translate.from_pretrained(
         model, pick_device(device), max_source_length=max_source_length
     )

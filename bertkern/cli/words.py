@@ -76,7 +76,7 @@ def nearest(
         lambda question: {"nearest": _ranked(table.nearest(question[0], count))},
         _Shape(("word",), _NEAREST, _flat_nearest, _show_nearest),
         output,
-        lines.choose_format(format, output, few=bool(words)),
+        lines.choose_format(format, output, files, few=bool(words)),
     )
 
 
@@ -102,7 +102,7 @@ def similarity(
         lambda question: {"similarity": round(table.similarity(*question), 6)},
         _Shape(("a", "b"), ("similarity",), lambda record: [record], _show_similarity),
         output,
-        lines.choose_format(format, output, few=bool(words)),
+        lines.choose_format(format, output, files, few=bool(words)),
     )
 
 
@@ -134,7 +134,7 @@ def analogy(
         answer,
         _Shape(("a", "b", "c"), _NEAREST, _flat_nearest, _show_nearest),
         output,
-        lines.choose_format(format, output, few=bool(words)),
+        lines.choose_format(format, output, files, few=bool(words)),
     )
 
 

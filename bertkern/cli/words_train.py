@@ -159,9 +159,14 @@ def train(
         documents = _documents(sources, text_column, one_sentence_per_line)
         text = _read(documents, text_folder, min_count)
     chosen = settings(len(text))
-    result = train_word_vectors(
-        text, chosen, checkpoint=checkpoint, resume=resume, device=where, console=out
-    )
+    try:
+        result = train_word_vectors(
+            text, chosen, checkpoint=checkpoint, resume=resume, device=where, console=out
+        )
+    except ValueError:
+        if not resume:  # the run was refused: nothing is left to go on from
+            shutil.rmtree(run)
+        raise
     result.vectors.save(path)
     shutil.rmtree(run)
     out.print(

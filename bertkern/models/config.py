@@ -199,6 +199,9 @@ class BertConfig:
         """
         own = {f.name for f in fields(cls)} - {"extra"}
         extra = {}
+        kind = entries.get("model_type", "bert")
+        if kind not in _FIXED["model_type"]:  # first: another model has other keys, too
+            raise ValueError(f"config key 'model_type' is {kind!r}; supported: 'bert'")
         for key, value in entries.items():
             if key in own:
                 continue

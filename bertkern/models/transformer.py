@@ -414,7 +414,9 @@ class Transformer(nn.Module):
         """
         folder = resolve_folder(folder)
         if not (folder / CONFIG).is_file():
-            raise FileNotFoundError(f"{folder}: no {CONFIG}")
+            unfinished = (folder / "checkpoint.safetensors").is_file()
+            hint = ", but the checkpoint of a run that has not ended (--resume)"
+            raise FileNotFoundError(f"{folder}: no {CONFIG}{hint if unfinished else ''}")
         config = TransformerConfig.from_json_file(folder / CONFIG)
         path, stored = stored_tensors(folder)
         with torch.device("meta"):

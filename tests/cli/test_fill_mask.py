@@ -54,7 +54,7 @@ def test_cut_texts_are_flagged(run, pretrained_folder):
     long = TEXT + " token" * 80
     result = run("fill-mask", "-m", pretrained_folder, input=long.encode())
     assert json.loads(result.stdout)["truncated"] is True
-    assert "1 of 1 texts cut to the 64 tokens" in result.stderr
+    assert "1 of 1 texts cut to 64 tokens" in result.stderr
 
 
 def test_a_text_without_mask_is_refused(refused, pretrained_folder):

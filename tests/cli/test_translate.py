@@ -113,7 +113,7 @@ def test_cut_texts_are_flagged(run, folder):
     arguments = ("-m", folder, "--max-source-length", "4", "--max-length", "3")
     result = run("translate", *arguments, "--format", "jsonl", input=" ".join(TEXTS).encode())
     assert json.loads(result.stdout)["truncated"] is True
-    assert "1 of 1 texts cut to the 4 tokens" in result.stderr
+    assert "1 of 1 texts cut to 4 tokens" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -143,3 +143,22 @@ def test_nothing_is_written_where_a_line_is_bad(refused, folder, tmp_path):
     line = refused("translate", "-f", path, "-m", folder, "-o", out, "--max-length", "2")
     assert f"{path}: line 2: no 'text'; found: 'txt'" in line
     assert not out.exists()
+
+
+def test_results_never_replace_what_is_read(run, folder, tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("cannot open\n", encoding="utf-8")
+    result = run("translate", "--file", path, "--model", folder, "--out", path)
+    assert result.exit_code == 1
+    assert "is a file that is read: its text would be lost" in one_line(result.stderr)
+    assert path.read_text(encoding="utf-8") == "cannot open\n"
+
+
+def test_alternatives_are_not_lost(run, folder):
+    """Off a terminal the default is one translation a line, which has no place for them."""
+    options = ("--alternatives", "1", "--model", folder, "--max-length", "4")
+    record = json.loads(run("translate", "cannot open", *options).stdout)
+    assert len(record["alternatives"]) == 1
+    refused = run("translate", "cannot open", *options, "--format", "text")
+    assert refused.exit_code == 1
+    assert "take jsonl, tsv or csv" in one_line(refused.stderr)

@@ -175,3 +175,24 @@ def test_conversion_both_ways(run, refused, vectors, tmp_path):
     assert np.array_equal(found.vectors, WordVectors.load(vectors).vectors[:3])
     assert "a.bin exists" in refused("words", "convert", vectors, binary)
     assert "named .txt" in refused("words", "convert", vectors, tmp_path / "d")
+
+
+def test_a_refused_run_leaves_nothing_in_the_way(run, tmp_path):
+    text, path = tmp_path / "tiny.txt", tmp_path / "v.bin"
+    text.write_text("one two three", encoding="utf-8")
+    refused = run("words", "train", text, "-o", path, "--min-count", "1", "--sample", "1e-9")
+    assert refused.exit_code == 1
+    assert "no pairs to learn from" in refused.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.txt"]
+
+
+def test_overwriting_removes_only_a_runs_folder(run, tmp_path):
+    text, path = tmp_path / "tiny.txt", tmp_path / "v.bin"
+    text.write_text("one two three. " * 20, encoding="utf-8")
+    precious = tmp_path / "v.bin.run" / "thesis.txt"
+    precious.parent.mkdir()
+    precious.write_text("years of work", encoding="utf-8")
+    refused = run("words", "train", text, "-o", path, *OPTIONS, "--overwrite")
+    assert refused.exit_code == 1
+    assert "is not of a run of this command" in " ".join(refused.stderr.splitlines())
+    assert precious.read_text(encoding="utf-8") == "years of work"
