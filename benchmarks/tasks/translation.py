@@ -205,7 +205,7 @@ def page(found: dict[str, Any], picture: str) -> str:
         f"{found['parameters'] / 1e6:.1f} million weights that begin at random. Trained for "
         f"{found['settings']['steps']:,} steps of at most "
         f"{found['settings']['tokens_per_batch']:,} tokens ({epochs:.0f} times through the data)",
-        f"in {found['training_seconds'] / 60:.0f} minutes on {facts['threads']} cores "
+        f"in {found['training_seconds'] / 60:.0f} minutes on {facts['threads']} core(s) "
         f"({facts['device']}); the weights are the mean of the last "
         f"{found['settings']['average']} checkpoints.",
         "",
