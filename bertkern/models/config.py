@@ -250,13 +250,24 @@ class BertConfig:
             ValueError: not JSON, not an object, or as `from_dict`; the message starts with the
                 path.
         """
-        try:
-            entries = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:  # not UTF-8 and not JSON alike
-            raise ValueError(f"{path}: not a JSON file ({error})") from error
-        if not isinstance(entries, dict):
-            raise ValueError(f"{path}: a JSON object was expected, not {type(entries).__name__}")
+        entries = read_entries(path)
         try:
             return cls.from_dict(entries)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def read_entries(path: str | Path) -> dict[str, Any]:
+    """The entries of a config.json.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not JSON, or not an object; the message starts with the path.
+    """
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8 and not JSON alike
+        raise ValueError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: a JSON object was expected, not {type(entries).__name__}")
+    return entries

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .config import ACTIVATIONS
+from .config import ACTIVATIONS, read_entries
 
 MODEL_TYPE = "bertkern-transformer"
 _WRITTEN_BESIDES = ("architectures", "dtype")  # by save_pretrained
@@ -152,10 +151,8 @@ class TransformerConfig:
             ValueError: not JSON, not an object, or as `from_dict`; the message starts with the
                 path.
         """
+        entries = read_entries(path)
         try:
-            entries = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(entries, dict):
-                raise ValueError(f"a JSON object was expected, not {type(entries).__name__}")
             return cls.from_dict(entries)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from models.paper_transformer import PaperTransformer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -25,112 +26,6 @@ SIZES = {
 NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0}
 SOURCE_LENGTHS, TARGET_LENGTHS = (9, 1, 14, 5), (4, 11, 1, 7)
 STYLES = pytest.mark.parametrize("prenorm", [False, True], ids=["post_ln", "pre_ln"])
-
-
-class PaperTransformer(nn.Module):
-    """Sections 3.1 to 3.5 of the paper, one sequence at a time, from a Transformer's weights."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.weights = nn.ParameterDict(
-            {name.replace(".", "/"): p.detach().clone() for name, p in model.named_parameters()}
-        )
-        self.config = model.config
-
-    def forward(self, sources, targets):
-        """Two lists of id lists -> list of logits [T, V]."""
-        return [self.predict(self.encode(s), t) for s, t in zip(sources, targets, strict=True)]
-
-    def w(self, name):
-        return self.weights[name.replace(".", "/")]
-
-    def embed(self, ids):
-        d = self.config.hidden_size
-        table = torch.zeros(len(ids), d, dtype=torch.float64)
-        for p in range(len(ids)):
-            for i in range(d // 2):
-                angle = p / 10000 ** (2 * i / d)
-                table[p, 2 * i], table[p, 2 * i + 1] = math.sin(angle), math.cos(angle)
-        words = self.w("embedding.weight")[torch.tensor(ids, dtype=torch.int64)]
-        return words * math.sqrt(d) + table.to(words.dtype)
-
-    def norm(self, name, x):
-        size = (x.shape[-1],)
-        eps = self.config.layer_norm_eps
-        return F.layer_norm(x, size, self.w(f"{name}.weight"), self.w(f"{name}.bias"), eps)
-
-    def attend(self, name, projections, q_in, kv_in, causal):
-        heads = self.config.num_attention_heads
-        (wq, bq), (wk, bk), (wv, bv) = projections
-        q, k, v = q_in @ wq.T + bq, kv_in @ wk.T + bk, kv_in @ wv.T + bv
-        out = []
-        for h in range(heads):
-            columns = slice(h * q.shape[1] // heads, (h + 1) * q.shape[1] // heads)
-            scores = q[:, columns] @ k[:, columns].T / math.sqrt(q.shape[1] // heads)
-            if causal:
-                scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -math.inf)
-            out.append(scores.softmax(-1) @ v[:, columns])
-        return torch.cat(out, 1) @ self.w(f"{name}.output.weight").T + self.w(f"{name}.output.bias")
-
-    def self_attention(self, name, x, causal):
-        parts = zip(
-            self.w(f"{name}.qkv.weight").chunk(3), self.w(f"{name}.qkv.bias").chunk(3), strict=True
-        )
-        return self.attend(name, list(parts), x, x, causal)
-
-    def cross_attention(self, name, x, source):
-        query = (self.w(f"{name}.query.weight"), self.w(f"{name}.query.bias"))
-        parts = zip(
-            self.w(f"{name}.kv.weight").chunk(2), self.w(f"{name}.kv.bias").chunk(2), strict=True
-        )
-        return self.attend(name, [query, *parts], x, source, False)
-
-    def feed_forward(self, name, x):
-        h = F.relu(x @ self.w(f"{name}.up.weight").T + self.w(f"{name}.up.bias"))
-        return h @ self.w(f"{name}.down.weight").T + self.w(f"{name}.down.bias")
-
-    def sublayer(self, norm, x, function):
-        if self.config.prenorm:
-            return x + function(self.norm(norm, x))
-        return self.norm(norm, x + function(x))
-
-    def encode(self, ids):
-        x = self.embed(ids)
-        for i in range(self.config.num_layers):
-            at = f"encoder.{i}"
-            x = self.sublayer(
-                f"{at}.attention_norm",
-                x,
-                lambda h, at=at: self.self_attention(f"{at}.attention", h, False),
-            )
-            x = self.sublayer(
-                f"{at}.feed_forward_norm",
-                x,
-                lambda h, at=at: self.feed_forward(f"{at}.feed_forward", h),
-            )
-        return self.norm("encoder_norm", x) if self.config.prenorm else x
-
-    def predict(self, source, ids):
-        y = self.embed(ids)
-        for i in range(self.config.num_layers):
-            at = f"decoder.{i}"
-            y = self.sublayer(
-                f"{at}.attention_norm",
-                y,
-                lambda h, at=at: self.self_attention(f"{at}.attention", h, True),
-            )
-            y = self.sublayer(
-                f"{at}.cross_attention_norm",
-                y,
-                lambda h, at=at: self.cross_attention(f"{at}.cross_attention", h, source),
-            )
-            y = self.sublayer(
-                f"{at}.feed_forward_norm",
-                y,
-                lambda h, at=at: self.feed_forward(f"{at}.feed_forward", h),
-            )
-        y = self.norm("decoder_norm", y) if self.config.prenorm else y
-        return y @ self.w("embedding.weight").T
 
 
 def sequences(lengths, seed):
@@ -296,24 +191,6 @@ def test_is_nn_transformer(prenorm):
     expected = y @ model.embedding.weight.T
     logits = model(source, target, source_mask, target_mask).logits
     torch.testing.assert_close(logits[target_mask], expected[target_mask])
-
-
-def test_parameters_are_the_papers():
-    """Sizes of table 3 at a vocabulary of 37,000, counted by hand."""
-
-    def count(d, ff, layers=6, vocab=37000):
-        attention, norm = 4 * d * d + 4 * d, 2 * d
-        ffn = 2 * d * ff + ff + d
-        return vocab * d + layers * (attention + ffn + 2 * norm + 2 * attention + ffn + 3 * norm)
-
-    with torch.device("meta"):
-        base, big = (
-            Transformer(make()) for make in (TransformerConfig.base, TransformerConfig.big)
-        )
-        pre = Transformer(TransformerConfig.base(prenorm=True))
-    sizes = [sum(p.numel() for p in model.parameters()) for model in (base, big, pre)]
-    assert sizes == [count(512, 2048), count(1024, 4096), count(512, 2048) + 4 * 512]
-    assert sizes[0] == 63_082_496
 
 
 def test_first_weights():
@@ -544,17 +421,6 @@ def test_half_precision(texts, dtype):
     assert (logits.float() - plain).abs().max() < 0.05 * scale
 
 
-def test_positions():
-    """Of any length; sine and cosine interleaved, as the paper's equation."""
-    table = sinusoidal_positions(100_001, 6)
-    for p in (0, 1, 77, 100_000):
-        for i in range(3):
-            angle = p / 10000 ** (2 * i / 6)
-            assert table[p, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-6)
-            assert table[p, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
-    assert sinusoidal_positions(3, 5).shape == (3, 5)
-
-
 def test_saved_and_read(tmp_path, texts):
     sources, targets, _ = texts
     model = make(prenorm=True).eval()
@@ -590,25 +456,6 @@ def test_files_that_do_not_fit(tmp_path):
         Transformer.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         Transformer.from_pretrained(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"hidden_size": 0}, "hidden_size must be an integer >= 1, not 0"),
-        ({"num_attention_heads": 7}, "num_attention_heads = 7 must divide hidden_size = 512"),
-        ({"dropout": 1.5}, r"dropout must be in 0\.\.1, not 1\.5"),
-        ({"label_smoothing": -0.1}, "label_smoothing must be a number >= 0"),
-        ({"hidden_act": "swish"}, "hidden_act must be one of"),
-        ({"eos_token_id": 37000}, "eos_token_id must be an integer below vocab_size = 37000"),
-        ({"bos_token_id": 3}, r"must be different, not \(0, 3, 3\)"),
-        ({"pad_token_id": True}, "pad_token_id must be an integer below"),
-        ({"hidden_sizes": 3}, "unknown config keys hidden_sizes"),
-    ],
-)
-def test_config_errors(changes, message):
-    with pytest.raises(ValueError, match=message):
-        TransformerConfig.from_dict(changes)
 
 
 def test_argument_errors():
