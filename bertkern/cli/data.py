@@ -196,8 +196,9 @@ def _documents(sources: list[str], text_column: str, lines: bool) -> Iterator[li
 
 def _need_readers(sources: list[str]) -> None:
     """Fail before the work if a package is missing, or a file."""
+    from bertkern.data.hub import HUB
+    from bertkern.data.parquet import PARQUET
     from bertkern.data.sources import expand
-    from bertkern.data.streamed_rows import HUB, PARQUET
 
     for place in (place for source in sources for place in expand(source)):
         if place.startswith(HUB):

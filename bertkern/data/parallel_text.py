@@ -29,8 +29,9 @@ from itertools import zip_longest
 from pathlib import Path
 
 from .catalogues import CATALOGUES, read_catalogue, strip_accelerators
+from .hub import HUB, hub_rows
+from .parquet import PARQUET, parquet_rows
 from .sources import expand, text_lines
-from .streamed_rows import HUB, PARQUET, hub_rows, parquet_rows
 from .tables import KINDS, Row, lines_of, read_table, read_utf8
 
 SOURCE_COLUMN, TARGET_COLUMN = "source", "target"

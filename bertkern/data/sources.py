@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .streamed_rows import HUB, PARQUET, hub_rows, parquet_rows
+from .hub import HUB, hub_rows
+from .parquet import PARQUET, parquet_rows
 from .tables import Row
 from .text import HALF_PAIR, Document, has_half_pair, split_lines, split_sentences
 

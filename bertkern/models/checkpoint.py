@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bertkern.data.files import replacing, write_text
+from bertkern.data.hub import answered_in_time
 
 from .config import BertConfig
 from .initialization import initialize_parameter
@@ -186,7 +187,8 @@ def resolve_folder(folder: str | os.PathLike[str], allow_pickle: bool = False) -
     if allow_pickle:
         patterns += [PICKLE, "pytorch_model-*.bin"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        with answered_in_time():
+            return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many types; the user reads one line
         raise FileNotFoundError(f"{name}: no such folder, and {_hub_reason(error)}") from error
 
@@ -198,6 +200,9 @@ def _hub_reason(error: Exception) -> str:
         return "the Hugging Face hub gives that model only to those whom its owner lets in"
     if "RepositoryNotFoundError" in kinds:  # also what the hub answers for private ones
         return "no public model of that name on the Hugging Face hub"
+    answer = getattr(error.__cause__, "response", None)  # which the client takes for none at all
+    if "LocalEntryNotFoundError" in kinds and answer is not None:
+        return f"the Hugging Face hub answers with an error ({answer.status_code})"
     unreached = ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError")
     if kinds & {*unreached, "ConnectionError"}:
         return "the Hugging Face hub is not reached"

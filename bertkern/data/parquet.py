@@ -1,19 +1,13 @@
-"""Rows that are read some at a time: of parquet files, and of the Hugging Face hub's datasets.
-
-.parquet                    by row groups (needs pyarrow)
-hub:NAME[:CONFIG][:SPLIT]   streamed (needs datasets); split `train`
-"""
+"""Rows of parquet files, read by row groups (needs pyarrow)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from .tables import Row
 
 PARQUET = (".parquet",)
-HUB = "hub:"
 _AT_ONCE = 1024  # rows
 
 
@@ -28,7 +22,7 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[R
         import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError as error:
-        raise _missing("pyarrow", str(path)) from error
+        raise missing_package("pyarrow", str(path)) from error
     number = 0
     try:
         with parquet.ParquetFile(path) as table:
@@ -46,33 +40,8 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[R
         raise ValueError(f"{path}: damaged, or not a parquet file ({error})") from error
 
 
-def hub_rows(place: str) -> Iterator[Row]:
-    """The rows of a dataset of the hub.
-
-    Raises:
-        ConnectionError: the hub is not reached, or does not have the dataset.
-        ModuleNotFoundError: datasets is not installed.
-    """
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise _missing("datasets", place) from error
-    name, config, split = (*place.removeprefix(HUB).split(":"), "", "")[:3]
-    number = 0
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        stream: Iterator[Any] = iter(rows)
-        while (fields := next(stream, None)) is not None:
-            number += 1
-            yield Row(f"{place}: row {number}", dict(fields))
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConnectionError(
-            f"{place}: cannot be read after {number} rows ({reason}); without a network, give files"
-        ) from error
-
-
-def _missing(package: str, place: str) -> ModuleNotFoundError:
+def missing_package(package: str, place: str) -> ModuleNotFoundError:
+    """The error of data that cannot be read without a package."""
     return ModuleNotFoundError(
         f"{place} needs the package {package}: pip install 'bertkern[data]'", name=package
     )
