@@ -308,8 +308,6 @@ def test_nan_inside_a_sequence_stays_in_it_and_propagates(backend, device):
 @pytest.mark.parametrize("keys", [128, 200])
 def test_infinite_key_gives_nan_nowhere(backend, device, keys):
     """Its scores are -Inf, so nobody attends to it; nor do rows behind the last query."""
-    if backend == "triton":
-        pytest.xfail("rows behind the last query are 0 there, and 0 times Inf is NaN")
     dtype = finest_dtype(backend)
     skip_unless_computable("attention", backend, dtype, device, 64)
     q = torch.rand(1, 60, 2, 64, device=device).add(0.1).to(dtype).requires_grad_()
