@@ -217,7 +217,7 @@ def implementation(
         ValueError: BERTKERN_BACKEND holds an unknown name.
     """
     forced = _forced or _environment_backend()
-    aligned = "cuda" not in _PREFERENCE.get(x.device.type, ()) or _aligned(rows)
+    aligned = not x.is_cuda or _aligned(rows)
     return _choose(op, direction, x.dtype, x.device, head_dim, columns, aligned, forced)
 
 

@@ -10,8 +10,9 @@ them):
    `torch.library.register_autograd` does in twice the host time, with a function that `torch.func`
    transforms refuse and tangents of forward mode pass by unseen.
 3. The callable that `define` returns. Where nobody but the kernel has business with the call
-   (`_watched`, `_plain`), it enters the node or the implementation itself, without the dispatcher,
-   which puts every argument into a box and takes it out again.
+   (`_watched`, `_plain`), it enters a node or the implementation itself, without the dispatcher,
+   which puts every argument into a box and takes it out again. That node sees only the inputs and
+   outputs that a gradient may pass: each one more costs host time.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from torch._C import (
 )
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import _profiler_enabled, forward_ad
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function
 
 from ._vmap import Fold, vmap_rule
@@ -45,6 +47,8 @@ def define(
     *,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    differentiable: Sequence[str] = (),
+    outputs: int | None = None,
     fold: Fold | None = None,
 ) -> Callable[..., Any]:
     """Defines `bertkern::name` from its schema and returns its fastest callable.
@@ -56,28 +60,47 @@ def define(
         fake: the same signature, returns empty tensors of the right shape, dtype and device.
         setup_context, backward: as `torch.library.register_autograd` takes them; without them, to
             ask for a gradient raises.
+        differentiable: the arguments that a gradient may be asked for, which stand next to each
+            other in the schema; none named means any.
+        outputs: how many of the op's outputs, the first ones, the callable returns; the others are
+            there for the backward alone. None is all of them.
         fold: how vmap folds its dimension into the first one of the arguments; None computes the
             samples one after the other.
     """
     if setup_context is None or backward is None:
         setup_context, backward = _save_nothing, _refuse_gradient
-    op, record = _register(schema, implementation, fake, setup_context, backward, fold)
+    op = _register(schema, implementation, fake, setup_context, backward, fold)
     tensors = _tensor_positions(schema)
+    first, last = _span(schema, differentiable)
+    returned = slice(outputs)
+    record = _short_node(schema, implementation, setup_context, backward, first, last, returned)
 
     def call(*inputs: Any) -> Any:
         if _watched() or has_torch_function(inputs) or not _plain(inputs, tensors):
-            return op(*inputs)
-        if _needs_node(inputs, tensors):
-            return record(*inputs)
-        return implementation(*inputs)
+            output = op(*inputs)
+        elif _needs_node(inputs, tensors):
+            return record(*inputs[first:last], inputs[:first], inputs[last:])
+        else:
+            output = implementation(*inputs)
+        return output if outputs is None else output[returned]
 
     return call
+
+
+def _span(schema: str, names: Sequence[str]) -> tuple[int, int]:
+    """(first, last) of arguments that stand next to each other; of all for no name."""
+    arguments = [name for _, name in _arguments(schema)]
+    first = arguments.index(names[0]) if names else 0
+    last = first + len(names) if names else len(arguments)
+    if names and arguments[first:last] != list(names):
+        raise ValueError(f"{schema}: {', '.join(names)} must stand next to each other")
+    return first, last
 
 
 def _watched() -> bool:
     """Whether something wants to see the op pass through the dispatcher."""
     return (
-        torch.compiler.is_compiling()
+        is_dynamo_compiling()
         or forward_ad._current_level >= 0
         or _are_functorch_transforms_active()
         or _profiler_enabled()
@@ -126,8 +149,8 @@ def _register(
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
     fold: Fold | None,
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Layers 1 and 2: (the op, its implementation as a node of the autograd graph)."""
+) -> Callable[..., Any]:
+    """Layers 1 and 2: the op."""
     name = schema[: schema.index("(")]
     names = [argument for _, argument in _arguments(schema)]
     tensors = _tensor_positions(schema)
@@ -145,24 +168,12 @@ def _register(
                     return op(*inputs)
             return op(*inputs)
 
-    def node(compute: Callable[..., Any]) -> Callable[..., Any]:
-        """A call of `compute` as a node of the autograd graph."""
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = below_autograd(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
 
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            output = compute(*inputs)
-            setup_context(ctx, inputs, output)
-            return output
-
-        function = type(
-            f"{name}_autograd",
-            (torch.autograd.Function,),
-            {"forward": staticmethod(forward), "backward": staticmethod(backward)},
-        )
-        # Function.apply looks for active transforms first, which are dealt with here. Its base
-        # class is the node alone.
-        return super(torch.autograd.Function, function).apply  # type: ignore[misc]
-
-    record_op = node(below_autograd)
+    record_op = _apply(name, forward, backward)
 
     def autograd(*inputs: Any) -> Any:
         if not _needs_node(inputs, tensors):
@@ -174,7 +185,46 @@ def _register(
 
     _library.impl(name, autograd, "Autograd")
     torch.library.register_vmap(qualified, vmap_rule(op, names, fold), lib=_library)
-    return op, node(implementation)
+    return op
+
+
+def _short_node(
+    schema: str,
+    implementation: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    first: int,
+    last: int,
+    returned: slice,
+) -> Callable[..., Any]:
+    """The implementation as a node of few inputs: inputs[first:last] of the op, then, in two
+    tuples, those before and those after."""
+    count = last - first
+
+    def forward(ctx: Any, *packed: Any) -> Any:
+        inputs = packed[count] + packed[:count] + packed[count + 1]
+        output = implementation(*inputs)
+        setup_context(ctx, inputs, output)
+        return output[returned] if isinstance(output, tuple) else output
+
+    def short_backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return (*backward(ctx, *grads)[first:last], None, None)
+
+    return _apply(schema[: schema.index("(")], forward, short_backward)
+
+
+def _apply(
+    name: str, forward: Callable[..., Any], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A call of `forward` as a node of the autograd graph."""
+    function = type(
+        f"{name}_autograd",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+    )
+    # Function.apply looks for active transforms first, which are dealt with here. Its base
+    # class is the node alone.
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

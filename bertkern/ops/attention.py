@@ -89,6 +89,7 @@ _attention_fwd = define(
     _fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    differentiable=("q", "k", "v", "bias"),
     # Dropout numbers the sequences of the batch, and a bias may have a batch of its own.
     fold=Fold(
         ("q", "k", "v", "key_padding_mask", "key_lengths"),
@@ -213,13 +214,29 @@ def bias_matrices(
 
 
 def _check_rank(op: str, rank: int, layout: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    if (
+        isinstance(q, Tensor)
+        and isinstance(k, Tensor)
+        and isinstance(v, Tensor)
+        and q.dim() == k.dim() == v.dim() == rank
+    ):
+        return
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor) or tensor.dim() != rank:
-            arguments.check_tensor(op, name, tensor)
+        arguments.check_tensor(op, name, tensor)
+        if tensor.dim() != rank:
             raise ValueError(
                 f"{op}: {name} has shape {list(tensor.shape)}; it must have {rank} dimensions, "
                 f"{layout}"
             )
+
+
+def _check_longest(op: str, name: str, longest: object) -> None:
+    if isinstance(longest, Tensor):
+        raise TypeError(
+            f"{op}: {name} is a tensor; it must be an int (reading it would synchronise)"
+        )
+    if longest < 0:  # type: ignore[operator]
+        raise ValueError(f"{op}: {name}={longest}; it must not be negative")
 
 
 @overload
@@ -383,22 +400,17 @@ def attention_varlen(  # type: ignore[misc]  # the overloads abbreviate the opti
     op = "attention_varlen"
     _check_rank(op, 3, "[T, H, D]", q, k, v)
     q, k, v, bias = arguments.to_autocast_dtype(q, k, v, bias)  # type: ignore[assignment]
-    for name, lengths in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        arguments.check_index_tensor(op, name, lengths, q, None, torch.int32)
-        if lengths.shape[0] < 1 or lengths.shape != cu_seqlens_q.shape:
-            raise ValueError(
-                f"{op}: {name} has shape {list(lengths.shape)}; both need the same B + 1 >= 1 "
-                "elements "
-                f"(cu_seqlens_q has {list(cu_seqlens_q.shape)})"
-            )
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if isinstance(longest, Tensor):
-            raise TypeError(
-                f"{op}: {name} is a tensor; it must be an int (reading it would synchronise)"
-            )
-        if longest < 0:
-            raise ValueError(f"{op}: {name}={longest}; it must not be negative")
+    arguments.check_index_tensor(op, "cu_seqlens_q", cu_seqlens_q, q, None, torch.int32)
+    if cu_seqlens_k is not cu_seqlens_q:
+        arguments.check_index_tensor(op, "cu_seqlens_k", cu_seqlens_k, q, None, torch.int32)
     batch = cu_seqlens_q.shape[0] - 1
+    if batch < 0 or cu_seqlens_k.shape[0] != batch + 1:
+        raise ValueError(
+            f"{op}: cu_seqlens_q and cu_seqlens_k have shapes {list(cu_seqlens_q.shape)} and "
+            f"{list(cu_seqlens_k.shape)}; both need the same B + 1 >= 1 elements"
+        )
+    _check_longest(op, "max_seqlen_q", max_seqlen_q)
+    _check_longest(op, "max_seqlen_k", max_seqlen_k)
     out, lse = attend(
         op,
         q,

@@ -40,6 +40,7 @@ _dropout = define(
     _fake,
     setup_context=_setup_context,
     backward=_backward,
+    differentiable=("x",),
     fold=Fold(("x",), row_numbers="dropout_rows"),
 )
 

@@ -101,6 +101,8 @@ _dropout_add_layer_norm_fwd = define(
     _fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    differentiable=("x", "residual", "weight", "bias"),
+    outputs=2,
     fold=Fold(("x", "residual"), row_numbers="dropout_rows"),
 )
 
@@ -145,7 +147,7 @@ def dropout_add_layer_norm(
     seed = arguments.dropout_seed_for(_OP, x, dropout_p, dropout_seed)
     x_rows = arguments.as_rows(x)
     rows = arguments.check_dropout_rows(_OP, x, x_rows.shape[0], dropout_rows)
-    y, z, _, _ = _dropout_add_layer_norm_fwd(
+    y, z = _dropout_add_layer_norm_fwd(
         x_rows,
         arguments.as_rows(residual),
         arguments.vector(weight),

@@ -114,6 +114,8 @@ _embedding_layer_norm_fwd = define(
     _fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    differentiable=("word", "position", "type", "weight", "bias"),
+    outputs=1,
     fold=Fold(("ids", "position_ids", "type_ids"), row_numbers="dropout_rows"),
 )
 
@@ -211,7 +213,7 @@ def embedding_layer_norm(
     seed = arguments.dropout_seed_for(_OP, word, dropout_p, dropout_seed)
     tokens = _flat(ids)
     dropout_rows = arguments.check_dropout_rows(_OP, word, tokens.shape[0], dropout_rows)
-    y, _, _ = _embedding_layer_norm_fwd(
+    (y,) = _embedding_layer_norm_fwd(
         tokens,
         position_ids,
         type_ids,

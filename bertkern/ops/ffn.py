@@ -61,7 +61,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, w1, b1, w2, b2, output[1], seed, rows)
 
 
-def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 10
     x, w1, b1, w2, b2, z, seed, rows = ctx.saved_tensors
@@ -79,6 +79,8 @@ _ffn_fwd = define(
     _fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    differentiable=("x", "w1", "b1", "w2", "b2"),
+    outputs=1,
     fold=Fold(("x",), row_numbers="dropout_rows"),
 )
 
@@ -126,7 +128,7 @@ def ffn(
     seed = arguments.dropout_seed_for("ffn", x, dropout_p, dropout_seed)
     x_rows = arguments.as_rows(x)
     rows = arguments.check_dropout_rows("ffn", x, x_rows.shape[0], dropout_rows)
-    y, _ = _ffn_fwd(
+    (y,) = _ffn_fwd(
         x_rows,
         arguments.unit_last_stride(w1),
         arguments.vector(b1),

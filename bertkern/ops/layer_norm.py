@@ -72,6 +72,8 @@ _layer_norm_fwd = define(
     _fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    differentiable=("x", "weight", "bias"),
+    outputs=1,
     fold=Fold(("x",)),
 )
 
@@ -116,7 +118,7 @@ def layer_norm(
         ValueError, TypeError: naming the argument, its value and those allowed.
     """
     check_normalization("layer_norm", x, weight, bias, eps)
-    y, _, _ = _layer_norm_fwd(
+    (y,) = _layer_norm_fwd(
         arguments.as_rows(x), arguments.vector(weight), arguments.vector(bias), float(eps)
     )
     return arguments.from_rows(y, x)

@@ -64,7 +64,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, w, b, output[1], seed, rows)
 
 
-def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 9
     x, w, b, z, seed, rows = ctx.saved_tensors
@@ -80,6 +80,8 @@ _linear_fwd = define(
     _fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    differentiable=("x", "w", "b", "residual"),
+    outputs=1,
     fold=Fold(("x", "residual"), row_numbers="dropout_rows"),
 )
 
@@ -164,7 +166,7 @@ def linear(
     x_rows = arguments.as_rows(x)
     rows = arguments.check_dropout_rows("linear", x, x_rows.shape[0], dropout_rows)
     save_preact = save_preact and needs_gradient(x, w, b)
-    y, _ = _linear_fwd(
+    (y,) = _linear_fwd(
         x_rows,
         arguments.unit_last_stride(w),
         arguments.vector(b),

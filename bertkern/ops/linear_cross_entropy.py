@@ -81,6 +81,8 @@ _linear_cross_entropy_fwd = define(
     _fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    differentiable=("x", "weight", "bias"),
+    outputs=1,
     fold=Fold(("x", "target")),
 )
 
@@ -131,7 +133,7 @@ def linear_cross_entropy(
     if reduction not in REDUCTIONS:
         allowed = ", ".join(repr(name) for name in REDUCTIONS)
         raise ValueError(f"{_OP}: reduction={reduction!r}; allowed are {allowed}")
-    loss, _, _ = _linear_cross_entropy_fwd(
+    (loss,) = _linear_cross_entropy_fwd(
         arguments.as_rows(x),
         arguments.unit_last_stride(weight),
         arguments.vector(bias),

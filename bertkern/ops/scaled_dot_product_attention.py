@@ -71,7 +71,8 @@ def scaled_dot_product_attention(
     if scale is None and head_dim:
         scale = 1.0 / math.sqrt(head_dim)
     widest = max(head_dim, value_dim)
-    query, key, value = (_widened(t, widest) for t in (query, key, value))
+    if head_dim != value_dim:
+        query, key, value = (_widened(t, widest) for t in (query, key, value))
     leading, key_leading = _leading(query, key, value, enable_gqa)
     heads, batch = (leading or (1,))[-1], math.prod(leading[:-1])
     q, k, v = _BSHD(query, leading), _BSHD(key, key_leading), _BSHD(value, key_leading)
@@ -116,9 +117,9 @@ def _leading(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The leading dimensions of query, and those of key and value, after broadcasting. With
     enable_gqa the heads, the last of them, do not broadcast."""
-    shapes = [t.shape[:-2] for t in (query, key, value)]
+    shapes = [query.shape[:-2], key.shape[:-2], value.shape[:-2]]
     if shapes[0] == shapes[1] == shapes[2]:
-        return tuple(shapes[0]), tuple(shapes[0])
+        return shapes[0], shapes[0]
     apart = enable_gqa and all(shapes)
     try:
         if not apart:

@@ -11,10 +11,10 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 @cases(
     {
-        attention.attention: 30,
-        attention.attention_varlen: 30,
-        attention.scaled_dot_product_attention: 20,
-        attention.attention_decode: 25,
+        attention.attention: 12,
+        attention.attention_varlen: 12,
+        attention.scaled_dot_product_attention: 8,
+        attention.attention_decode: 10,
     }
 )
 def test_case(device, generator, number):

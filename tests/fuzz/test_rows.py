@@ -11,10 +11,10 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 @cases(
     {
-        rows.layer_norm: 30,
-        rows.dropout_add_layer_norm: 30,
-        rows.dropout: 15,
-        rows.embedding_layer_norm: 25,
+        rows.layer_norm: 12,
+        rows.dropout_add_layer_norm: 12,
+        rows.dropout: 6,
+        rows.embedding_layer_norm: 10,
     }
 )
 def test_case(device, generator, number):

@@ -5,7 +5,7 @@
 runs all of them, or those whose names are given, prints the table and, if asked, writes it.
 A mutant is caught if one of its tests fails by an assertion; a crash does not count, since a kernel
 that cannot run needs no test. The same tests must pass on a copy without a fault. They run in
-Triton's interpreter with the sample of `make test`.
+Triton's interpreter, the random ones with FUZZ_CASES of each op.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from mutants.table import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 600
+FUZZ_CASES = 30
 
 
 class Result(NamedTuple):
@@ -61,6 +62,7 @@ def run(mutant: Mutant) -> Result:
         environment |= {
             "BERTKERN_MUTANT_KERNELS": str(kernels),
             "BERTKERN_MUTANT_REPORT": str(report_file),
+            "BERTKERN_FUZZ_CASES": str(FUZZ_CASES),
             "BERTKERN_FUZZ_OPS": ",".join(mutant.fuzz),
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
