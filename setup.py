@@ -47,11 +47,13 @@ ISA_SOURCES = (
     "cpu/attention_kernels.cpp",
     "cpu/attention_bwd_kernels.cpp",
     "cpu/layer_norm_kernels.cpp",
+    "cpu/linear_kernels.cpp",
     "cpu/ffn_kernels.cpp",
 )
 SOURCES = (
     "cpu/attention.cpp",
     "cpu/layer_norm.cpp",
+    "cpu/linear.cpp",
     "cpu/ffn.cpp",
     "cpu/parallel.cpp",
     "cpu/isa.cpp",

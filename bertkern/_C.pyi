@@ -276,6 +276,23 @@ def cpu_dropout(
 ) -> None:
     """y = dropout(x), x [rows, cols] with a row stride, y contiguous."""
 
+def cpu_linear_fwd(
+    x: int,
+    w: int,
+    bias: int,
+    y: int,
+    z: int,
+    x_stride: int,
+    w_stride: int,
+    rows: int,
+    cols: int,
+    depth: int,
+    activation: Activation,
+    threads: int,
+) -> None:
+    """z = x wᵀ + bias, y = act(z), all float32: x [rows, depth], w [cols, depth], y, z [rows,
+    cols]. bias and z may be 0. Fast for few rows; depth at least 1."""
+
 def cpu_bias_act_fwd(
     x: int,
     bias: int,

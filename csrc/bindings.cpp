@@ -189,6 +189,14 @@ void cpu_layer_norm_bwd(Address dy, Address dz, Address z, Address weight, Addre
       at(dweight), at(dbias), bias_dtype, threads);
 }
 
+void cpu_linear_fwd(Address x, Address w, Address bias, Address y, Address z, int64_t x_stride,
+                    int64_t w_stride, int64_t rows, int64_t cols, int64_t depth,
+                    Activation activation, int threads) {
+  cpu::linear_fwd({at<const float>(x), at<const float>(w), at<const float>(bias), at<float>(y),
+                   at<float>(z), x_stride, w_stride, rows, cols, depth, activation},
+                  threads);
+}
+
 void cpu_bias_act_fwd(Address x, Address bias, Address residual, Address y, Address z,
                       Address dropout_rows, int64_t x_stride, int64_t residual_stride, int64_t rows,
                       int64_t cols, DType dtype, DType bias_dtype, Activation activation,
@@ -319,6 +327,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_dropout", &cpu_dropout, "x"_a, "y"_a, "dropout_rows"_a, "x_stride"_a, "rows"_a,
         "cols"_a, "dtype"_a, "dropout_threshold"_a, "dropout_scale"_a, "dropout_seed"_a,
         "threads"_a, ReleaseGil(), "y = dropout(x), x, y [rows, cols].");
+  m.def("cpu_linear_fwd", &cpu_linear_fwd, "x"_a, "w"_a, "bias"_a, "y"_a, "z"_a, "x_stride"_a,
+        "w_stride"_a, "rows"_a, "cols"_a, "depth"_a, "activation"_a, "threads"_a, ReleaseGil(),
+        "z = x w^T + bias, y = act(z), fp32: x [rows, depth], w [cols, depth]; for few rows.");
   m.def("cpu_bias_act_fwd", &cpu_bias_act_fwd, "x"_a, "bias"_a, "residual"_a, "y"_a, "z"_a,
         "dropout_rows"_a, "x_stride"_a, "residual_stride"_a, "rows"_a, "cols"_a, "dtype"_a,
         "bias_dtype"_a, "activation"_a, "dropout_threshold"_a, "dropout_scale"_a, "dropout_seed"_a,

@@ -1,7 +1,9 @@
 """The backend "cpu" of linear and ffn: torch's products and one pass of a kernel around them.
 
-The matrix products are torch's own (oneDNN, MKL or what torch is built with); what stands around
-them, bias, activation, dropout, residual and column sums, is one pass of the compiled extension.
+The matrix products are torch's own (oneDNN, MKL or what torch is built with), but for those of at
+most FEW_ROWS rows in float32, as one sentence or a step of decoding has: there the extension's own
+is faster (docs/numerics.md says by how much). What stands around them, bias, activation, dropout,
+residual and column sums, is one pass of the extension.
 Functions, arguments and equations are those of `bertkern/reference/linear.py` and `ffn.py`.
 """
 
@@ -12,6 +14,8 @@ from torch.nn import functional as F
 from bertkern import _C
 
 from ._cpu import DTYPES, address, dropout_options, dtype_or, parameter
+
+FEW_ROWS = 64
 
 _ACTIVATIONS = {
     "": _C.Activation.NONE,
@@ -88,12 +92,42 @@ def _epilogue_bwd(
     return dy if dz is None else dz, db
 
 
+def _has_few_rows(x: Tensor) -> bool:
+    """Whether the extension computes the product."""
+    return 0 < x.shape[0] <= FEW_ROWS and x.dtype == torch.float32 and x.shape[1] > 0
+
+
+def _few_rows_product(
+    x: Tensor, w: Tensor, b: Tensor | None, activation: str, z: Tensor | None
+) -> Tensor:
+    """act(x wᵀ + b); z, where it is wanted, becomes x wᵀ + b."""
+    b = parameter(b)
+    y = torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype)
+    _C.cpu_linear_fwd(
+        x=address(x),
+        w=address(w),
+        bias=address(b),
+        y=address(y),
+        z=address(z),
+        x_stride=x.stride(0),
+        w_stride=w.stride(0),
+        rows=x.shape[0],
+        cols=w.shape[0],
+        depth=x.shape[1],
+        activation=_ACTIVATIONS[activation],
+        threads=torch.get_num_threads(),
+    )
+    return y
+
+
 def _product(x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(x wᵀ, the bias that is still to be added).
 
     In half precision the bias joins before the one rounding: rounding twice can change the sign of
     a small z, and with it relu's derivative.
     """
+    if _has_few_rows(x):
+        return _few_rows_product(x, w, None, "", None), b
     if b is None or x.dtype == torch.float32:
         return F.linear(x, w), b
     return F.linear(x, w, b.to(x.dtype)), None
@@ -111,8 +145,14 @@ def linear_fwd(
     save_preact: bool,
 ) -> tuple[Tensor, Tensor]:
     """(y, z); z is empty unless it was asked for and there is an activation."""
-    if not activation and residual is None and dropout_seed is None:
-        return F.linear(x, w, None if b is None else b.to(x.dtype)), x.new_empty(0)
+    if residual is None and dropout_seed is None:
+        if _has_few_rows(x):
+            keeps = save_preact and activation
+            z = torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype) if keeps else None
+            y = _few_rows_product(x, w, b, activation, z)
+            return y, x.new_empty(0) if z is None else z
+        if not activation:
+            return F.linear(x, w, None if b is None else b.to(x.dtype)), x.new_empty(0)
     product, b = _product(x, w, b)
     z = product if save_preact and activation else None
     y = product if z is None else torch.empty_like(product)

@@ -15,6 +15,8 @@ void embedding_layer_norm_fwd(const EmbeddingArguments& arguments, int threads);
 void layer_norm_bwd(const NormGradArguments& arguments, void* dweight, void* dbias,
                     DType bias_dtype, int threads);
 
+// For few rows; a product of many is faster by a library's.
+void linear_fwd(const LinearArguments& arguments, int threads);
 void bias_act_fwd(const ActArguments& arguments, int threads);
 void act_bwd(const ActGradArguments& arguments, void* dbias, DType bias_dtype, int threads);
 

@@ -3,8 +3,8 @@
 // The files *_kernels.cpp are compiled once per instruction set, each time into a namespace of its
 // own, and give one `Kernels` table. They hold no memory, no threads and nothing of the C++
 // library: a copy of a library template compiled for AVX-512 must not become the program's only
-// copy. attention.cpp, layer_norm.cpp and ffn.cpp, compiled once for the baseline, bring scratch
-// memory and threads.
+// copy. attention.cpp, layer_norm.cpp, linear.cpp and ffn.cpp, compiled once for the baseline,
+// bring scratch memory and threads.
 #pragma once
 
 #include <cstdint>
@@ -135,6 +135,15 @@ struct ActGradArguments {
   Dropout dropout;
 };
 
+// z = x wᵀ + bias, y = act(z), all fp32: x [rows, depth], w [cols, depth], y and z [rows, cols],
+// contiguous; bias and z may be null.
+struct LinearArguments {
+  const float *x, *w, *bias;
+  float *y, *z;
+  int64_t x_stride, w_stride, rows, cols, depth;
+  Activation activation;
+};
+
 // Kernels of one instruction set. Scratch is 64-byte aligned fp32; *_scratch says how many floats.
 struct Kernels {
   const char* isa;
@@ -154,6 +163,8 @@ struct Kernels {
                          float* dbias, int64_t first, int64_t last, float* scratch);
   void (*bias_act_fwd)(const ActArguments&, const float* bias, int64_t first, int64_t last);
   void (*act_bwd)(const ActGradArguments&, float* dbias, int64_t first, int64_t last);
+  // Columns [first, last) of every row.
+  void (*linear_fwd)(const LinearArguments&, int64_t first, int64_t last);
   // Casts between fp32 and `dtype`. The fp32 side has room for whole vectors: up to 15 floats more.
   void (*to_float)(const void* source, DType, float* target, int64_t count);
   void (*from_float)(const float* source, void* target, DType, int64_t count);

@@ -117,6 +117,16 @@ def layer_norm_bwd(
     return dx, dresidual, dweight, dbias
 
 
+def linear_fwd(x, w, bias, activation, save_z=False, threads=2):
+    shape = (x.shape[0], w.shape[0])
+    y, z = poisoned(*shape), poisoned(*shape) if save_z else None
+    _C.cpu_linear_fwd(
+        *(at(t) for t in (x, w, bias, y, z)),
+        *(x.stride(0), w.stride(0), *shape, x.shape[1], activation, threads),
+    )
+    return y, z
+
+
 def bias_act_fwd(
     x, bias, activation, residual=None, save_z=False, drop=NO_DROPOUT, rows=None, threads=2
 ):

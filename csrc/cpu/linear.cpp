@@ -1,0 +1,29 @@
+// CPU linear of few rows: from tensors to work items, which are ranges of columns.
+#include <algorithm>
+
+#include "cpu.h"
+#include "parallel.h"
+
+namespace bertkern::cpu {
+namespace {
+
+constexpr int64_t kMostColumns = 48;  // a stretch of so many rows of w stays in the second cache
+constexpr int64_t kColumnsMultiple = 12;  // of every tile's columns
+constexpr int64_t kItemsPerThread = 4;
+constexpr int64_t kLeastWork = 1 << 17;  // multiply-adds of a thread: about what waking it costs
+
+}  // namespace
+
+void linear_fwd(const LinearArguments& a, int threads) {
+  const int64_t work = a.rows * a.cols * a.depth;
+  threads = static_cast<int>(std::clamp<int64_t>(work / kLeastWork, 1, threads));
+  const int64_t share = a.cols / (threads * kItemsPerThread) / kColumnsMultiple * kColumnsMultiple;
+  const int64_t columns = std::clamp(share, kColumnsMultiple, kMostColumns);
+  const Kernels& table = kernels();
+  parallel_for((a.cols + columns - 1) / columns, threads, [&](int64_t item) {
+    const int64_t first = item * columns;
+    table.linear_fwd(a, first, std::min(a.cols, first + columns));
+  });
+}
+
+}  // namespace bertkern::cpu

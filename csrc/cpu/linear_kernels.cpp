@@ -1,0 +1,144 @@
+// linear of few rows on the CPU, fp32: z = x wᵀ + bias, y = act(z). x [rows, depth],
+// w [cols, depth].
+//
+// Libraries' products pack w, which pays only where many rows read it. Here both x and w are read
+// as they lie, along the depth: a tile of kTileRows x kTileColumns elements of y has a vector of
+// sums each, which is folded at the end. So w comes from memory once, a block of its rows stays in
+// the second cache while all rows of x meet it, and a stretch of kDepth of a tile's rows in the
+// first.
+//
+// Each element is the same sum in the same order, whatever rows and columns are computed beside it:
+// a stretch at a time, lane by lane.
+//
+// Compiled once per instruction set (see params.h).
+#include "gemm.h"
+#include "row_kernels.h"
+
+namespace bertkern::BERTKERN_ISA {
+namespace {
+
+// The sums, a vector of each row of w and one of x stay in registers.
+constexpr int kTileRows = 4;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileColumns = 6;
+#else
+constexpr int kTileColumns = 3;
+#endif
+// A lane adds up no more than 128 products: one chain would lose as many times more digits.
+constexpr int64_t kDepth = kWidth < 8 ? 128 * kWidth : 1024;
+
+// Lane i of the result is the sum of lanes i, i + 4, ... of v.
+BERTKERN_INLINE Quad fold(Vf v) {
+  Quad part[kWidth / 4];
+  std::memcpy(part, &v, sizeof(v));
+  for (int n = kWidth / 8; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) part[i] += part[i + n];
+  }
+  return part[0];
+}
+
+// y[kM, kN] = or += x[kM, depth] w[kN, depth]ᵀ.
+template <int kM, int kN>
+BERTKERN_INLINE void multiply_tile(const float* x, int64_t x_row, const float* w, int64_t w_row,
+                                   int64_t depth, float* y, int64_t y_row, bool add) {
+  Vf acc[kM][kN];
+  for (int m = 0; m < kM; ++m) {
+    for (int n = 0; n < kN; ++n) acc[m][n] = Vf{};
+  }
+  int64_t k = 0;
+  for (; k + kWidth <= depth; k += kWidth) {
+    Vf b[kN];
+#pragma GCC unroll 8
+    for (int n = 0; n < kN; ++n) b[n] = load(w + n * w_row + k);
+#pragma GCC unroll 8
+    for (int m = 0; m < kM; ++m) {
+      const Vf a = load(x + m * x_row + k);
+#pragma GCC unroll 8
+      for (int n = 0; n < kN; ++n) acc[m][n] += a * b[n];
+    }
+  }
+  if (k < depth) {
+    for (int n = 0; n < kN; ++n) {
+      const Vf b = load_as_float(w + n * w_row + k, depth - k);
+      for (int m = 0; m < kM; ++m) acc[m][n] += load_as_float(x + m * x_row + k, depth - k) * b;
+    }
+  }
+  static_assert(kM <= 4, "a quad of rows");
+  for (int n = 0; n < kN; ++n) {
+    Quad row[4] = {};
+    for (int m = 0; m < kM; ++m) row[m] = fold(acc[m][n]);
+    transpose_quads(row[0], row[1], row[2], row[3]);
+    const Quad sums = (row[0] + row[1]) + (row[2] + row[3]);
+    for (int m = 0; m < kM; ++m) {
+      float* to = y + m * y_row + n;
+      *to = add ? *to + sums[m] : sums[m];
+    }
+  }
+}
+
+template <int kM, int kN>
+BERTKERN_INLINE void multiply_rows(const float* x, int64_t x_row, const float* w, int64_t w_row,
+                                   int64_t depth, int64_t cols, float* y, int64_t y_row, bool add) {
+  int64_t n = 0;
+  for (; n + kN <= cols; n += kN) {
+    multiply_tile<kM, kN>(x, x_row, w + n * w_row, w_row, depth, y + n, y_row, add);
+  }
+  for (; n < cols; ++n) {
+    multiply_tile<kM, 1>(x, x_row, w + n * w_row, w_row, depth, y + n, y_row, add);
+  }
+}
+
+// Columns [first, last) of x wᵀ. Stretches of the depth are equal, but for the last.
+void multiply_columns(const LinearArguments& a, int64_t first, int64_t last) {
+  const int64_t stretches = (a.depth + kDepth - 1) / kDepth, cols = last - first;
+  const int64_t stretch = round_up((a.depth + stretches - 1) / stretches, kWidth);
+  for (int64_t k = 0; k < a.depth; k += stretch) {
+    const int64_t depth = std::min(stretch, a.depth - k);
+    const float* w = a.w + first * a.w_stride + k;
+    int64_t m = 0;
+    const auto multiply_some = [&](auto multiply, int64_t count) INLINE_LAMBDA {
+      multiply(a.x + m * a.x_stride + k, a.x_stride, w, a.w_stride, depth, cols,
+               a.y + m * a.cols + first, a.cols, k > 0);
+      m += count;
+    };
+    while (m + kTileRows <= a.rows)
+      multiply_some(multiply_rows<kTileRows, kTileColumns>, kTileRows);
+    // Fewer rows leave registers for more columns.
+    if (a.rows - m == 3) multiply_some(multiply_rows<3, kTileColumns>, 3);
+    if (a.rows - m == 2) multiply_some(multiply_rows<2, 4>, 2);
+    if (a.rows - m == 1) multiply_some(multiply_rows<1, 8>, 1);
+  }
+}
+
+template <Activation kActivation>
+void finish_columns(const LinearArguments& a, int64_t first, int64_t last) {
+  for (int64_t row = 0; row < a.rows; ++row) {
+    float* y = a.y + row * a.cols;
+    float* z_out = a.z != nullptr ? a.z + row * a.cols : nullptr;
+    for (int64_t c = first; c < last; c += kWidth) {
+      const int64_t n = last - c;
+      Vf z = load_columns(y + c, n);
+      if (a.bias != nullptr) z += load_columns(a.bias + c, n);
+      if (z_out != nullptr) store_columns(z_out + c, z, n);
+      store_columns(y + c, activate<kActivation>(z), n);
+    }
+  }
+}
+
+}  // namespace
+
+void linear_fwd(const LinearArguments& a, int64_t first, int64_t last) {
+  multiply_columns(a, first, last);
+  switch (a.activation) {
+    case Activation::kGelu:
+      return finish_columns<Activation::kGelu>(a, first, last);
+    case Activation::kGeluTanh:
+      return finish_columns<Activation::kGeluTanh>(a, first, last);
+    case Activation::kRelu:
+      return finish_columns<Activation::kRelu>(a, first, last);
+    case Activation::kNone:
+      if (a.bias != nullptr || a.z != nullptr) finish_columns<Activation::kNone>(a, first, last);
+  }
+}
+
+}  // namespace bertkern::BERTKERN_ISA
