@@ -13,16 +13,14 @@
 namespace bertkern::BERTKERN_ISA {
 namespace {
 
-// One row z. The mean is taken twice: what the rounding of the first leaves behind, `left`, is
-// large beside the deviations of a row with a large mean. The variance is that of the deviations.
+// One row z, whose columns add up to `sum`. The mean is taken twice: what the rounding of the first
+// leaves behind, `left`, is large beside the deviations of a row with a large mean. The variance is
+// that of the deviations.
 template <typename Z, typename T>
-BERTKERN_INLINE void normalise(const NormArguments& a, const Z* z, const float* weight,
+BERTKERN_INLINE void normalise(const NormArguments& a, const Z* z, float sum, const float* weight,
                                const float* bias, int64_t row) {
   const float cols = static_cast<float>(a.cols);
-  Vf sum[4] = {};
-  for_columns<4>(a.cols, [&](int turn, int64_t c, int64_t n, Vi)
-                             INLINE_LAMBDA { sum[turn] += load_columns(z + c, n); });
-  const float mean = sum_turns(sum) / cols;
+  const float mean = sum / cols;
   Vf deviation[4] = {}, square[4] = {};
   for_columns<4>(a.cols, [&](int turn, int64_t c, int64_t n, Vi mask) INLINE_LAMBDA {
     const Vf centred = select(mask, load_columns(z + c, n) - mean, Vf{});
@@ -50,19 +48,30 @@ void fwd(const NormArguments& a, const float* weight, const float* bias, int64_t
   const HiddenDropout dropout(a.dropout, a.dropout_rows);
   for (int64_t row = first; row < last; ++row) {
     const T* x = row_of<T>(a.x, row, a.x_stride);
+    Vf sum[4] = {};
     if (a.residual == nullptr) {
-      normalise<T, T>(a, x, weight, bias, row);
+      for_columns<4>(a.cols, [&](int turn, int64_t c, int64_t n, Vi)
+                                 INLINE_LAMBDA { sum[turn] += load_columns(x + c, n); });
+      normalise<T, T>(a, x, sum_turns(sum), weight, bias, row);
       continue;
     }
     const T* residual = row_of<T>(a.residual, row, a.residual_stride);
     T* z_out = row_of<T>(a.z, row, a.cols);
-    read_row(x, z, a.cols);
-    dropout.apply(z, row, 0, a.cols);
-    for_columns<1>(a.cols, [&](int, int64_t c, int64_t n, Vi) INLINE_LAMBDA {
-      store_columns(z_out + c, load(z + c) + load_columns(residual + c, n), n);
-    });
     // The statistics are those of z as stored, which the backward reads.
-    normalise<T, T>(a, z_out, weight, bias, row);
+    const auto add = [&](int turn, int64_t c, int64_t n, Vf dropped) INLINE_LAMBDA {
+      store_columns(z_out + c, dropped + load_columns(residual + c, n), n);
+      sum[turn] += load_columns(z_out + c, n);
+    };
+    if (a.dropout.threshold != 0) {
+      read_row(x, z, a.cols);
+      dropout.apply(z, row, 0, a.cols);
+      for_columns<4>(a.cols, [&](int turn, int64_t c, int64_t n, Vi)
+                                 INLINE_LAMBDA { add(turn, c, n, load(z + c)); });
+    } else {
+      for_columns<4>(a.cols, [&](int turn, int64_t c, int64_t n, Vi)
+                                 INLINE_LAMBDA { add(turn, c, n, load_columns(x + c, n)); });
+    }
+    normalise<T, T>(a, z_out, sum_turns(sum), weight, bias, row);
   }
 }
 
@@ -77,11 +86,14 @@ void embedding_fwd(const EmbeddingArguments& e, const float* weight, const float
     const T* position = row_of<T>(e.position, e.position_ids[row], e.position_stride);
     const int64_t type_id = e.type_ids != nullptr ? e.type_ids[row] : 0;
     const T* type = row_of<T>(e.type, type_id, e.type_stride);
-    for_columns<1>(a.cols, [&](int, int64_t c, int64_t n, Vi) INLINE_LAMBDA {
-      store(z + c,
-            load_columns(word + c, n) + load_columns(position + c, n) + load_columns(type + c, n));
+    Vf sum[4] = {};
+    for_columns<4>(a.cols, [&](int turn, int64_t c, int64_t n, Vi) INLINE_LAMBDA {
+      const Vf v =
+          load_columns(word + c, n) + load_columns(position + c, n) + load_columns(type + c, n);
+      store(z + c, v);
+      sum[turn] += v;
     });
-    normalise<float, T>(a, z, weight, bias, row);
+    normalise<float, T>(a, z, sum_turns(sum), weight, bias, row);
     if (a.dropout.threshold != 0) {
       T* y = row_of<T>(a.y, row, a.cols);
       read_row(y, z, a.cols);
