@@ -2,7 +2,8 @@
 strides.
 
 Functions, arguments and equations are those of `bertkern/reference/`. `linear` and `ffn` are in
-`_cpu_linear.py`.
+`_cpu_linear.py`. Arguments of the extension's functions stand in the order of `bertkern/_C.pyi`,
+without their names: with names a call costs the host several times as much.
 """
 
 from typing import Any
@@ -38,13 +39,11 @@ def parameter(tensor: Tensor | None) -> Tensor | None:
     return (tensor.float() if tensor.dtype == torch.float64 else tensor).contiguous()
 
 
-def dropout_options(dropout_p: float, dropout_seed: Tensor | None) -> dict[str, Any]:
-    """The last arguments of every kernel that drops; the seed is on the host already."""
+def dropout_options(dropout_p: float, dropout_seed: Tensor | None) -> tuple[int, float, int]:
+    """dropout_threshold, dropout_scale and dropout_seed, which is on the host already."""
     if dropout_seed is None:
-        return {"dropout_threshold": 0, "dropout_scale": 1.0, "dropout_seed": 0}
-    threshold, scale = threshold_and_scale(dropout_p)
-    seed = int(dropout_seed)
-    return {"dropout_threshold": threshold, "dropout_scale": scale, "dropout_seed": seed}
+        return 0, 1.0, 0
+    return *threshold_and_scale(dropout_p), int(dropout_seed)
 
 
 def _strides(t: Tensor) -> tuple[int, int, int]:
@@ -53,16 +52,14 @@ def _strides(t: Tensor) -> tuple[int, int, int]:
     return batch, sequence, head
 
 
-def _bias_options(bias: Tensor | None) -> dict[str, Any]:
+_NOTHING = (0, 0, 0, 0)
+
+
+def _bias_options(bias: Tensor | None) -> tuple[Any, ...]:
+    """bias_sizes, bias_strides, bias_dtype."""
     if bias is None:
-        nothing = (0, 0, 0, 0)
-        return {"bias": 0, "bias_sizes": nothing, "bias_strides": nothing, "bias_dtype": None}
-    return {
-        "bias": address(bias),
-        "bias_sizes": tuple(bias.shape),
-        "bias_strides": bias.stride(),
-        "bias_dtype": None if bias.dtype == torch.bool else DTYPES[bias.dtype],
-    }
+        return _NOTHING, _NOTHING, None
+    return tuple(bias.shape), bias.stride(), DTYPES.get(bias.dtype)
 
 
 def _attention_options(
@@ -81,31 +78,32 @@ def _attention_options(
     dropout_p: float,
     scale: float,
     sequence_offset: int,
-) -> dict[str, Any]:
-    """What both directions take; key_padding_mask is contiguous."""
-    varlen = cu_seqlens_q is not None
-    return {
-        **_bias_options(bias),
-        "key_padding_mask": address(key_padding_mask),
-        "cu_seqlens_q": address(cu_seqlens_q),
-        "cu_seqlens_k": address(cu_seqlens_k),
-        "key_lengths": address(key_lengths),
-        "batch": cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0],
-        "seqlen_q": q.shape[0] if varlen else q.shape[1],
-        "seqlen_k": k.shape[0] if varlen else k.shape[1],
-        "heads": q.shape[-2],
-        "key_heads": k.shape[-2],
-        "head_dim": q.shape[-1],
-        "dtype": DTYPES[q.dtype],
-        "causal": causal,
-        "window_left": window_left,
-        "window_right": window_right,
-        "softcap": softcap,
-        "scale": scale,
-        "sequence_offset": sequence_offset,
-        "threads": torch.get_num_threads(),
-        **dropout_options(dropout_p, dropout_seed),
-    }
+) -> tuple[Any, ...]:
+    """What the arguments of both directions end with; key_padding_mask is contiguous."""
+    *leading, heads, head_dim = q.shape
+    *key_leading, key_heads, _ = k.shape
+    return (
+        *_bias_options(bias),
+        address(key_padding_mask),
+        address(cu_seqlens_q),
+        address(cu_seqlens_k),
+        address(key_lengths),
+        leading[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+        leading[-1],
+        key_leading[-1],
+        heads,
+        key_heads,
+        head_dim,
+        DTYPES[q.dtype],
+        causal,
+        window_left,
+        window_right,
+        softcap,
+        scale,
+        *dropout_options(dropout_p, dropout_seed),
+        sequence_offset,
+        torch.get_num_threads(),
+    )
 
 
 def attention_fwd(
@@ -129,21 +127,22 @@ def attention_fwd(
     sequence_offset: int,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = q.new_empty(q.shape)
     lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     lse = torch.empty(lse_shape, dtype=torch.float32)
     keys = None if key_padding_mask is None else key_padding_mask.contiguous()
     _C.cpu_attention_fwd(
-        q=address(q),
-        k=address(k),
-        v=address(v),
-        out=address(out),
-        lse=address(lse),
-        q_strides=_strides(q),
-        k_strides=_strides(k),
-        v_strides=_strides(v),
-        out_strides=_strides(out),
-        **_attention_options(
+        address(q),
+        address(k),
+        address(v),
+        address(out),
+        address(lse),
+        address(bias),
+        _strides(q),
+        _strides(k),
+        _strides(v),
+        _strides(out),
+        *_attention_options(
             q,
             k,
             bias,
@@ -194,26 +193,27 @@ def attention_bwd(
     dlse = None if dlse is None else dlse.contiguous()
     lse = lse.contiguous()
     keys = None if key_padding_mask is None else key_padding_mask.contiguous()
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
-    dbias = torch.empty(bias.shape, dtype=bias.dtype) if bias_grad and bias is not None else None
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dbias = bias.new_empty(bias.shape) if bias_grad and bias is not None else None
     _C.cpu_attention_bwd(
-        dout=address(dout),
-        q=address(q),
-        k=address(k),
-        v=address(v),
-        out=address(out),
-        lse=address(lse),
-        dlse=address(dlse),
-        dq=address(dq),
-        dk=address(dk),
-        dv=address(dv),
-        dbias=address(dbias),
-        dout_strides=_strides(dout),
-        q_strides=_strides(q),
-        k_strides=_strides(k),
-        v_strides=_strides(v),
-        out_strides=_strides(out),
-        **_attention_options(
+        address(dout),
+        address(q),
+        address(k),
+        address(v),
+        address(out),
+        address(lse),
+        address(dlse),
+        address(bias),
+        address(dq),
+        address(dk),
+        address(dv),
+        address(dbias),
+        _strides(dout),
+        _strides(q),
+        _strides(k),
+        _strides(v),
+        _strides(out),
+        *_attention_options(
             q,
             k,
             bias,
@@ -245,29 +245,31 @@ def _layer_norm_fwd(
     dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     weight, bias = parameter(weight), parameter(bias)
-    y = torch.empty(x.shape, dtype=x.dtype)
-    z = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
-    mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+    rows, cols = x.shape
+    y = x.new_empty((rows, cols))
+    z = None if residual is None else x.new_empty((rows, cols))
+    mean = torch.empty(rows, dtype=torch.float32)
+    rstd = torch.empty(rows, dtype=torch.float32)
     _C.cpu_layer_norm_fwd(
-        x=address(x),
-        residual=address(residual),
-        weight=address(weight),
-        bias=address(bias),
-        y=address(y),
-        z=address(z),
-        mean=address(mean),
-        rstd=address(rstd),
-        dropout_rows=address(dropout_rows),
-        x_stride=x.stride(0),
-        residual_stride=0 if residual is None else residual.stride(0),
-        rows=x.shape[0],
-        cols=x.shape[1],
-        dtype=DTYPES[x.dtype],
-        weight_dtype=dtype_or(weight, x),
-        bias_dtype=dtype_or(bias, x),
-        eps=eps,
-        threads=torch.get_num_threads(),
-        **dropout_options(dropout_p, dropout_seed),
+        address(x),
+        address(residual),
+        address(weight),
+        address(bias),
+        address(y),
+        address(z),
+        address(mean),
+        address(rstd),
+        address(dropout_rows),
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        rows,
+        cols,
+        DTYPES[x.dtype],
+        dtype_or(weight, x),
+        dtype_or(bias, x),
+        eps,
+        *dropout_options(dropout_p, dropout_seed),
+        torch.get_num_threads(),
     )
     return y, z, mean, rstd
 
@@ -286,33 +288,32 @@ def _layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     dtypes = [None if p is None else p.dtype for p in (weight, bias)]
     weight, bias = parameter(weight), parameter(bias)
-    dx = torch.empty(z.shape, dtype=z.dtype)
-    dresidual = None if dropout_seed is None else torch.empty(z.shape, dtype=z.dtype)
-    dweight, dbias = (
-        None if p is None else torch.empty(p.shape, dtype=p.dtype) for p in (weight, bias)
-    )
+    dx = z.new_empty(z.shape)
+    dresidual = None if dropout_seed is None else z.new_empty(z.shape)
+    dweight = None if weight is None else weight.new_empty(weight.shape)
+    dbias = None if bias is None else bias.new_empty(bias.shape)
     _C.cpu_layer_norm_bwd(
-        dy=address(dy),
-        dz=address(dz),
-        z=address(z),
-        weight=address(weight),
-        mean=address(mean),
-        rstd=address(rstd),
-        dx=address(dx),
-        dresidual=address(dresidual),
-        dweight=address(dweight),
-        dbias=address(dbias),
-        dropout_rows=address(dropout_rows),
-        dy_stride=dy.stride(0),
-        dz_stride=0 if dz is None else dz.stride(0),
-        z_stride=z.stride(0),
-        rows=z.shape[0],
-        cols=z.shape[1],
-        dtype=DTYPES[z.dtype],
-        weight_dtype=dtype_or(weight, z),
-        bias_dtype=dtype_or(bias, z),
-        threads=torch.get_num_threads(),
-        **dropout_options(dropout_p, dropout_seed),
+        address(dy),
+        address(dz),
+        address(z),
+        address(weight),
+        address(mean),
+        address(rstd),
+        address(dx),
+        address(dresidual),
+        address(dweight),
+        address(dbias),
+        address(dropout_rows),
+        dy.stride(0),
+        0 if dz is None else dz.stride(0),
+        z.stride(0),
+        z.shape[0],
+        z.shape[1],
+        DTYPES[z.dtype],
+        dtype_or(weight, z),
+        dtype_or(bias, z),
+        *dropout_options(dropout_p, dropout_seed),
+        torch.get_num_threads(),
     )
     dweight, dbias = (
         None if g is None else g.to(dtype)
@@ -377,17 +378,17 @@ def dropout(
     x: Tensor, dropout_p: float, dropout_seed: Tensor, dropout_rows: Tensor | None
 ) -> Tensor:
     """Y = x · keep · scale."""
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = x.new_empty(x.shape)
     _C.cpu_dropout(
-        x=address(x),
-        y=address(y),
-        dropout_rows=address(dropout_rows),
-        x_stride=x.stride(0),
-        rows=x.shape[0],
-        cols=x.shape[1],
-        dtype=DTYPES[x.dtype],
-        threads=torch.get_num_threads(),
-        **dropout_options(dropout_p, dropout_seed),
+        address(x),
+        address(y),
+        address(dropout_rows),
+        x.stride(0),
+        x.shape[0],
+        x.shape[1],
+        DTYPES[x.dtype],
+        *dropout_options(dropout_p, dropout_seed),
+        torch.get_num_threads(),
     )
     return y
 

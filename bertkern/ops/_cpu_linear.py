@@ -2,7 +2,7 @@
 
 The matrix products are torch's own (oneDNN, MKL or what torch is built with), but for those of at
 most FEW_ROWS rows in float32, as one sentence or a step of decoding has: there the extension's own
-is faster (docs/numerics.md says by how much). What stands around them, bias, activation, dropout,
+is faster (docs/decisions.md says by how much). What stands around them, bias, activation, dropout,
 residual and column sums, is one pass of the extension.
 Functions, arguments and equations are those of `bertkern/reference/linear.py` and `ffn.py`.
 """
@@ -40,21 +40,21 @@ def _epilogue(
     unwanted."""
     b = parameter(b)
     _C.cpu_bias_act_fwd(
-        x=address(x),
-        bias=address(b),
-        residual=address(residual),
-        y=address(y),
-        z=address(z),
-        dropout_rows=address(dropout_rows),
-        x_stride=x.stride(0),
-        residual_stride=0 if residual is None else residual.stride(0),
-        rows=x.shape[0],
-        cols=x.shape[1],
-        dtype=DTYPES[x.dtype],
-        bias_dtype=dtype_or(b, x),
-        activation=_ACTIVATIONS[activation],
-        threads=torch.get_num_threads(),
-        **dropout_options(dropout_p, dropout_seed),
+        address(x),
+        address(b),
+        address(residual),
+        address(y),
+        address(z),
+        address(dropout_rows),
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        x.shape[0],
+        x.shape[1],
+        DTYPES[x.dtype],
+        dtype_or(b, x),
+        _ACTIVATIONS[activation],
+        *dropout_options(dropout_p, dropout_seed),
+        torch.get_num_threads(),
     )
 
 
@@ -74,20 +74,20 @@ def _epilogue_bwd(
     dz = None if unchanged else torch.empty(dy.shape, dtype=dy.dtype)
     db = None if b is None else torch.empty(b.shape, dtype=b.dtype)
     _C.cpu_act_bwd(
-        dy=address(dy),
-        z=address(z if activation else None),
-        dz=address(dz),
-        dbias=address(db),
-        dropout_rows=address(dropout_rows),
-        dy_stride=dy.stride(0),
-        z_stride=dy.shape[1] if z is None else z.stride(0),
-        rows=dy.shape[0],
-        cols=dy.shape[1],
-        dtype=DTYPES[dy.dtype],
-        bias_dtype=dtype_or(b, dy),
-        activation=_ACTIVATIONS[activation],
-        threads=torch.get_num_threads(),
-        **dropout_options(dropout_p, dropout_seed),
+        address(dy),
+        address(z if activation else None),
+        address(dz),
+        address(db),
+        address(dropout_rows),
+        dy.stride(0),
+        dy.shape[1] if z is None else z.stride(0),
+        dy.shape[0],
+        dy.shape[1],
+        DTYPES[dy.dtype],
+        dtype_or(b, dy),
+        _ACTIVATIONS[activation],
+        *dropout_options(dropout_p, dropout_seed),
+        torch.get_num_threads(),
     )
     return dy if dz is None else dz, db
 
@@ -102,20 +102,21 @@ def _few_rows_product(
 ) -> Tensor:
     """act(x wᵀ + b); z, where it is wanted, becomes x wᵀ + b."""
     b = parameter(b)
-    y = torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype)
+    (rows, depth), cols = x.shape, w.shape[0]
+    y = x.new_empty((rows, cols))
     _C.cpu_linear_fwd(
-        x=address(x),
-        w=address(w),
-        bias=address(b),
-        y=address(y),
-        z=address(z),
-        x_stride=x.stride(0),
-        w_stride=w.stride(0),
-        rows=x.shape[0],
-        cols=w.shape[0],
-        depth=x.shape[1],
-        activation=_ACTIVATIONS[activation],
-        threads=torch.get_num_threads(),
+        address(x),
+        address(w),
+        address(b),
+        address(y),
+        address(z),
+        x.stride(0),
+        w.stride(0),
+        rows,
+        cols,
+        depth,
+        _ACTIVATIONS[activation],
+        torch.get_num_threads(),
     )
     return y
 
@@ -147,8 +148,7 @@ def linear_fwd(
     """(y, z); z is empty unless it was asked for and there is an activation."""
     if residual is None and dropout_seed is None:
         if _has_few_rows(x):
-            keeps = save_preact and activation
-            z = torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype) if keeps else None
+            z = x.new_empty((x.shape[0], w.shape[0])) if save_preact and activation else None
             y = _few_rows_product(x, w, b, activation, z)
             return y, x.new_empty(0) if z is None else z
         if not activation:

@@ -2,7 +2,8 @@
 strides.
 
 Functions, arguments and equations are those of `bertkern/reference/`. Kernels run on the tensors'
-device and its current stream, whichever device is current.
+device and its current stream, whichever device is current. Arguments of the extension's functions
+stand in the order of `bertkern/_C.pyi`, without their names, as in `_cpu.py`.
 """
 
 from typing import Any
@@ -34,12 +35,10 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def place(tensor: Tensor) -> dict[str, int]:
+def place(tensor: Tensor) -> tuple[int, int]:
     """The last arguments of every kernel: the tensor's device and its current stream."""
-    return {
-        "device": tensor.device.index,
-        "stream": torch.cuda.current_stream(tensor.device).cuda_stream,
-    }
+    device = tensor.device
+    return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
 def parameters(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
@@ -50,17 +49,9 @@ def parameters(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     return *(None if t is None else t.to(dtype).contiguous() for t in tensors), DTYPES[dtype]
 
 
-def dropout_options(
-    dropout_p: float, dropout_seed: Tensor | None, dropout_rows: Tensor | None
-) -> dict[str, Any]:
-    """Dropout of hidden states as every kernel takes it; without a seed it is off."""
-    threshold, scale = (0, 1.0) if dropout_seed is None else threshold_and_scale(dropout_p)
-    return {
-        "dropout_threshold": threshold,
-        "dropout_scale": scale,
-        "dropout_seed": address(dropout_seed),
-        "dropout_rows": address(dropout_rows),
-    }
+def dropout_options(dropout_p: float, dropout_seed: Tensor | None) -> tuple[int, float]:
+    """dropout_threshold and dropout_scale; without a seed nothing is dropped."""
+    return (0, 1.0) if dropout_seed is None else threshold_and_scale(dropout_p)
 
 
 def partial_sums(rows: int, like: Tensor, *gradients: Tensor | None) -> Tensor | None:
@@ -92,27 +83,30 @@ def _layer_norm_fwd(
     dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     weight, bias, weight_dtype = parameters(x, weight, bias)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    z = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
+    rows, cols = x.shape
+    y = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
+    z = None if residual is None else torch.empty_like(y)
+    mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     _C.cuda_layer_norm_fwd(
-        x=address(x),
-        residual=address(residual),
-        weight=address(weight),
-        bias=address(bias),
-        y=address(y),
-        z=address(z),
-        mean=address(mean),
-        rstd=address(rstd),
-        x_stride=x.stride(0),
-        residual_stride=0 if residual is None else residual.stride(0),
-        rows=x.shape[0],
-        cols=x.shape[1],
-        dtype=DTYPES[x.dtype],
-        weight_dtype=weight_dtype,
-        eps=eps,
-        **dropout_options(dropout_p, dropout_seed, dropout_rows),
-        **place(x),
+        address(x),
+        address(residual),
+        address(weight),
+        address(bias),
+        address(y),
+        address(z),
+        address(mean),
+        address(rstd),
+        address(dropout_rows),
+        address(dropout_seed),
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        rows,
+        cols,
+        DTYPES[x.dtype],
+        weight_dtype,
+        eps,
+        *dropout_options(dropout_p, dropout_seed),
+        *place(x),
     )
     return y, z, mean, rstd
 
@@ -136,26 +130,28 @@ def _layer_norm_bwd(
     dweight, dbias = (None if p is None else torch.empty_like(p) for p in (weight, bias))
     partial = partial_sums(z.shape[0], z, dweight, dbias)
     _C.cuda_layer_norm_bwd(
-        dy=address(dy),
-        dz=address(dz),
-        z=address(z),
-        weight=address(weight),
-        mean=address(mean),
-        rstd=address(rstd),
-        dx=address(dx),
-        dresidual=address(dresidual),
-        dweight=address(dweight),
-        dbias=address(dbias),
-        partial=address(partial),
-        dy_stride=dy.stride(0),
-        dz_stride=0 if dz is None else dz.stride(0),
-        z_stride=z.stride(0),
-        rows=z.shape[0],
-        cols=z.shape[1],
-        dtype=DTYPES[z.dtype],
-        weight_dtype=weight_dtype,
-        **dropout_options(dropout_p, dropout_seed, dropout_rows),
-        **place(z),
+        address(dy),
+        address(dz),
+        address(z),
+        address(weight),
+        address(mean),
+        address(rstd),
+        address(dx),
+        address(dresidual),
+        address(dweight),
+        address(dbias),
+        address(partial),
+        address(dropout_rows),
+        address(dropout_seed),
+        dy.stride(0),
+        0 if dz is None else dz.stride(0),
+        z.stride(0),
+        z.shape[0],
+        z.shape[1],
+        DTYPES[z.dtype],
+        weight_dtype,
+        *dropout_options(dropout_p, dropout_seed),
+        *place(z),
     )
     dweight, dbias = in_dtype_of((dweight, dbias), given)
     return dx, dx if dresidual is None else dresidual, dweight, dbias

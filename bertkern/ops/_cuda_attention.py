@@ -15,6 +15,7 @@ from ..reference.dropout import threshold_and_scale
 from ._cuda import DTYPES, address, place
 
 MAX_HEAD_DIM = 128
+_NOTHING = (0, 0, 0, 0)
 
 
 def cannot_attention(dtype: torch.dtype, head_dim: int, aligned: bool) -> str | None:
@@ -48,8 +49,8 @@ def _options(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
     bias: Tensor | None,
+    order: Tensor | None,
     key_padding_mask: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
@@ -64,48 +65,43 @@ def _options(
     dropout_p: float,
     scale: float,
     sequence_offset: int,
-) -> dict[str, Any]:
-    """What both directions take; key_padding_mask is contiguous."""
+) -> tuple[Any, ...]:
+    """What the arguments of both directions end with; key_padding_mask is contiguous."""
+    varlen = cu_seqlens_q is not None
     threshold, dropout_scale = (0, 1.0) if dropout_seed is None else threshold_and_scale(dropout_p)
-    nothing = (0, 0, 0, 0)
-    return {
-        "q": address(q),
-        "k": address(k),
-        "v": address(v),
-        "out": address(out),
-        "lse": address(lse),
-        "q_strides": _strides(q),
-        "k_strides": _strides(k),
-        "v_strides": _strides(v),
-        "out_strides": _strides(out),
-        "bias": address(bias),
-        "bias_sizes": nothing if bias is None else tuple(bias.shape),
-        "bias_strides": nothing if bias is None else bias.stride(),
-        "bias_dtype": None if bias is None else DTYPES.get(bias.dtype),
-        "key_padding_mask": address(key_padding_mask),
-        "cu_seqlens_q": address(cu_seqlens_q),
-        "cu_seqlens_k": address(cu_seqlens_k),
-        "key_lengths": address(key_lengths),
-        "batch": q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
-        "seqlen_q": q.shape[1] if cu_seqlens_q is None else max_seqlen_q,
-        "seqlen_k": k.shape[1] if cu_seqlens_q is None else max_seqlen_k,
-        "total_q": q.shape[0],
-        "total_k": k.shape[0],
-        "heads": q.shape[-2],
-        "key_heads": k.shape[-2],
-        "head_dim": q.shape[-1],
-        "dtype": DTYPES[q.dtype],
-        "causal": causal,
-        "window_left": window_left,
-        "window_right": window_right,
-        "softcap": softcap,
-        "scale": scale,
-        "dropout_threshold": threshold,
-        "dropout_scale": dropout_scale,
-        "dropout_seed": address(dropout_seed),
-        "sequence_offset": sequence_offset,
-        **place(q),
-    }
+    return (
+        _strides(q),
+        _strides(k),
+        _strides(v),
+        _strides(out),
+        _NOTHING if bias is None else tuple(bias.shape),
+        _NOTHING if bias is None else bias.stride(),
+        None if bias is None else DTYPES.get(bias.dtype),
+        address(key_padding_mask),
+        address(cu_seqlens_q),
+        address(cu_seqlens_k),
+        address(key_lengths),
+        address(order),
+        q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+        max_seqlen_q if varlen else q.shape[1],
+        max_seqlen_k if varlen else k.shape[1],
+        q.shape[0],
+        k.shape[0],
+        q.shape[-2],
+        k.shape[-2],
+        q.shape[-1],
+        DTYPES[q.dtype],
+        causal,
+        window_left,
+        window_right,
+        softcap,
+        scale,
+        threshold,
+        dropout_scale,
+        address(dropout_seed),
+        sequence_offset,
+        *place(q),
+    )
 
 
 def attention_fwd(
@@ -129,7 +125,13 @@ def attention_fwd(
     indices = (keys, cu_seqlens_q, cu_seqlens_k, key_lengths)
     order = _order(cu_seqlens_q)
     _C.cuda_attention_fwd(
-        order=address(order), **_options(q, k, v, out, lse, bias, *indices, *options)
+        address(q),
+        address(k),
+        address(v),
+        address(out),
+        address(lse),
+        address(bias),
+        *_options(q, k, v, out, bias, order, *indices, *options),
     )
     return out, lse
 
@@ -167,15 +169,20 @@ def attention_bwd(
     indices = (keys, cu_seqlens_q, cu_seqlens_k, key_lengths)
     order = _order(cu_seqlens_q, 2)
     _C.cuda_attention_bwd(
-        dout=address(dout),
-        dlse=address(dlse),
-        delta=address(delta),
-        order=address(order),
-        dq=address(dq),
-        dk=address(dk),
-        dv=address(dv),
-        dbias=address(dbias),
-        dout_strides=_strides(dout),
-        **_options(q, k, v, out, lse, bias, *indices, *options_of_both),
+        address(dout),
+        address(q),
+        address(k),
+        address(v),
+        address(out),
+        address(lse),
+        address(dlse),
+        address(delta),
+        address(bias),
+        address(dq),
+        address(dk),
+        address(dv),
+        address(dbias),
+        _strides(dout),
+        *_options(q, k, v, out, bias, order, *indices, *options_of_both),
     )
     return dq, dk, dv, dbias

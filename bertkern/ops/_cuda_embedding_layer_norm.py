@@ -53,23 +53,25 @@ def embedding_layer_norm_fwd(
     y = torch.empty((rows, cols), dtype=word.dtype, device=word.device)
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=word.device) for _ in range(2))
     _C.cuda_embedding_layer_norm_fwd(
-        ids=_addresses(ids, position_ids, type_ids),
-        wide_ids=_wide(ids, position_ids, type_ids),
-        tables=_addresses(word, position, type),
-        strides=_row_strides(word, position, type),
-        sizes=_sizes(word, position, type),
-        weight=address(weight),
-        bias=address(bias),
-        y=address(y),
-        mean=address(mean),
-        rstd=address(rstd),
-        rows=rows,
-        cols=cols,
-        dtype=DTYPES[word.dtype],
-        weight_dtype=weight_dtype,
-        eps=eps,
-        **dropout_options(dropout_p, dropout_seed, dropout_rows),
-        **place(word),
+        _addresses(ids, position_ids, type_ids),
+        _wide(ids, position_ids, type_ids),
+        _addresses(word, position, type),
+        _row_strides(word, position, type),
+        _sizes(word, position, type),
+        address(weight),
+        address(bias),
+        address(y),
+        address(mean),
+        address(rstd),
+        address(dropout_rows),
+        address(dropout_seed),
+        rows,
+        cols,
+        DTYPES[word.dtype],
+        weight_dtype,
+        eps,
+        *dropout_options(dropout_p, dropout_seed),
+        *place(word),
     )
     return y, mean, rstd
 
@@ -85,18 +87,18 @@ def _table_gradients(
     partial = torch.empty(shape, dtype=torch.float32, device=dz.device)
     gradients = [torch.empty(table.shape, dtype=dz.dtype, device=dz.device) for table in tables]
     _C.cuda_embedding_layer_norm_tables(
-        dz=address(dz),
-        keys=address(sorted_keys),
-        order=address(order),
-        partial=address(partial),
-        gradients=_addresses(*gradients),
-        sizes=_sizes(*tables),
-        dz_stride=dz.stride(0),
-        rows=rows,
-        cols=cols,
-        padding_row=padding_idx,
-        dtype=DTYPES[dz.dtype],
-        **place(dz),
+        address(dz),
+        address(sorted_keys),
+        address(order),
+        address(partial),
+        _addresses(*gradients),
+        _sizes(*tables),
+        dz.stride(0),
+        rows,
+        cols,
+        padding_idx,
+        DTYPES[dz.dtype],
+        *place(dz),
     )
     return gradients
 
@@ -128,12 +130,12 @@ def embedding_layer_norm_bwd(
         )
     keys = torch.empty((len(tables), rows), dtype=torch.int32, device=dy.device)
     _C.cuda_embedding_layer_norm_keys(
-        ids=_addresses(ids, position_ids, type_ids),
-        wide_ids=_wide(ids, position_ids, type_ids),
-        sizes=_sizes(*tables),
-        keys=address(keys),
-        rows=rows,
-        **place(dy),
+        _addresses(ids, position_ids, type_ids),
+        _wide(ids, position_ids, type_ids),
+        _sizes(*tables),
+        address(keys),
+        rows,
+        *place(dy),
     )
     weight, bias, weight_dtype = parameters(word, weight, bias)
     padded = -(-cols // _VECTOR) * _VECTOR
@@ -141,26 +143,28 @@ def embedding_layer_norm_bwd(
     dweight, dbias = (None if p is None else torch.empty_like(p) for p in (weight, bias))
     partial = partial_sums(rows, word, dweight, dbias)
     _C.cuda_embedding_layer_norm_bwd(
-        dy=address(dy),
-        keys=address(keys),
-        tables=_addresses(*tables),
-        strides=_row_strides(*tables),
-        sizes=_sizes(*tables),
-        weight=address(weight),
-        mean=address(mean),
-        rstd=address(rstd),
-        dz=address(dz),
-        dweight=address(dweight),
-        dbias=address(dbias),
-        partial=address(partial),
-        dy_stride=dy.stride(0),
-        dz_stride=dz.stride(0),
-        rows=rows,
-        cols=cols,
-        dtype=DTYPES[word.dtype],
-        weight_dtype=weight_dtype,
-        **dropout_options(dropout_p, dropout_seed, dropout_rows),
-        **place(dy),
+        address(dy),
+        address(keys),
+        _addresses(*tables),
+        _row_strides(*tables),
+        _sizes(*tables),
+        address(weight),
+        address(mean),
+        address(rstd),
+        address(dz),
+        address(dweight),
+        address(dbias),
+        address(partial),
+        address(dropout_rows),
+        address(dropout_seed),
+        dy.stride(0),
+        dz.stride(0),
+        rows,
+        cols,
+        DTYPES[word.dtype],
+        weight_dtype,
+        *dropout_options(dropout_p, dropout_seed),
+        *place(dy),
     )
     gradients = _table_gradients(dz, keys, cols, padding_idx, *tables)
     return *gradients, *in_dtype_of((dweight, dbias), given)

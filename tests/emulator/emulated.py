@@ -12,6 +12,7 @@ device's adds.
 import contextlib
 import functools
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -116,6 +117,10 @@ class _Memory:
         self.known.clear()
 
 
+# In the first line of pybind11's docstring: f(name: type, name: type) -> type.
+_ARGUMENT = re.compile(r"[(,] ?(\w+): ")
+
+
 class _Calls:
     """The functions cuda_* of the emulated module, everything else of bertkern._C."""
 
@@ -127,22 +132,23 @@ class _Calls:
         if not name.startswith("cuda_"):
             return getattr(self._extension, name)
         function = getattr(self._memory.machine, name)
+        arguments = _ARGUMENT.findall(function.__doc__.splitlines()[0])
+        if "stream" not in arguments:  # a question, no launch
+            return function
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if "stream" not in kwargs:  # a question, no launch
-                return function(*args)
-            for argument, value in kwargs.items():
+        def call(*values: Any) -> Any:
+            for argument, value in zip(arguments, values, strict=True):
                 self._memory.name(argument, value)
             try:
-                return function(**kwargs)
+                return function(*values)
             finally:
                 self._memory.forget()
 
         return call
 
 
-def _place(tensor: Tensor) -> dict[str, int]:
-    return {"device": 0, "stream": 0}
+def _place(tensor: Tensor) -> tuple[int, int]:
+    return 0, 0
 
 
 @contextlib.contextmanager

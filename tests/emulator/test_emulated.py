@@ -29,7 +29,8 @@ def forward(x, y, rows, **changes):
     arguments |= {"x_stride": x.stride(0), "residual_stride": 0, "rows": rows, "cols": x.shape[1]}
     arguments |= {"dtype": _cuda.DTYPES[x.dtype], "weight_dtype": _cuda.DTYPES[torch.float32]}
     arguments |= {"eps": 1e-5, "dropout_threshold": 0, "dropout_scale": 1.0}
-    _cuda._C.cuda_layer_norm_fwd(**arguments | _cuda.place(x) | changes)
+    arguments |= dict(zip(("device", "stream"), _cuda.place(x), strict=True)) | changes
+    _cuda._C.cuda_layer_norm_fwd(*arguments.values())
     return y
 
 
