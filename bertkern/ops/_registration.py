@@ -62,8 +62,9 @@ def define(
             ask for a gradient raises.
         differentiable: the arguments that a gradient may be asked for, which stand next to each
             other in the schema; none named means any.
-        outputs: how many of the op's outputs, the first ones, the callable returns; the others are
-            there for the backward alone. None is all of them.
+        outputs: how many of the op's outputs, the first ones, the callable returns, unless its own
+            argument `outputs` says otherwise; the others are there for the backward alone. None is
+            all of them.
         fold: how vmap folds its dimension into the first one of the arguments; None computes the
             samples one after the other.
     """
@@ -72,17 +73,16 @@ def define(
     op = _register(schema, implementation, fake, setup_context, backward, fold)
     tensors = _tensor_positions(schema)
     first, last = _span(schema, differentiable)
-    returned = slice(outputs)
-    record = _short_node(schema, implementation, setup_context, backward, first, last, returned)
+    record = _short_node(schema, implementation, setup_context, backward, first, last)
 
-    def call(*inputs: Any) -> Any:
+    def call(*inputs: Any, outputs: int | None = outputs) -> Any:
         if _watched() or has_torch_function(inputs) or not _plain(inputs, tensors):
             output = op(*inputs)
         elif _needs_node(inputs, tensors):
-            return record(*inputs[first:last], inputs[:first], inputs[last:])
+            return record(*inputs[first:last], inputs[:first], inputs[last:], outputs)
         else:
             output = implementation(*inputs)
-        return output if outputs is None else output[returned]
+        return output if outputs is None else output[:outputs]
 
     return call
 
@@ -195,20 +195,20 @@ def _short_node(
     backward: Callable[..., Any],
     first: int,
     last: int,
-    returned: slice,
 ) -> Callable[..., Any]:
-    """The implementation as a node of few inputs: inputs[first:last] of the op, then, in two
-    tuples, those before and those after."""
+    """The implementation as a node of few inputs and outputs: inputs[first:last] of the op, then,
+    in two tuples, those before and those after; then how many outputs it gives."""
     count = last - first
 
     def forward(ctx: Any, *packed: Any) -> Any:
         inputs = packed[count] + packed[:count] + packed[count + 1]
         output = implementation(*inputs)
         setup_context(ctx, inputs, output)
-        return output[returned] if isinstance(output, tuple) else output
+        outputs = packed[count + 2]
+        return output if outputs is None else output[:outputs]
 
     def short_backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return (*backward(ctx, *grads)[first:last], None, None)
+        return (*backward(ctx, *grads)[first:last], None, None, None)
 
     return _apply(schema[: schema.index("(")], forward, short_backward)
 

@@ -70,7 +70,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.options = inputs[_TENSORS:]
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
     q, k, v, bias, *indices, out, lse = ctx.saved_tensors
     nothing: tuple[None, ...] = (None,) * (len(indices) + len(ctx.options))
     if dout is None and dlse is None:
@@ -118,7 +120,8 @@ def attend(
     dropout_seed: Tensor | None,
     scale: float | None,
     sequence_offset: int,
-) -> tuple[Tensor, Tensor]:
+    return_lse: bool = False,
+) -> tuple[Tensor, ...]:
     """Checks what every face of attention shares, draws the seed and calls the op.
 
     Args:
@@ -127,7 +130,7 @@ def attend(
         causal: one of the CAUSAL_ constants of `bertkern.reference.attention`.
 
     Returns:
-        (out, lse).
+        (out,), with return_lse (out, lse).
     """
     if not arguments.alike(q, k, v):
         arguments.check_tensor(op, "q", q)
@@ -173,6 +176,7 @@ def attend(
         float(dropout_p),
         scale,
         sequence_offset,
+        outputs=2 if return_lse else 1,
     )
 
 
@@ -311,7 +315,7 @@ def attention(  # type: ignore[misc]  # the overloads abbreviate the options
         arguments.check_index_tensor(
             "attention", "key_padding_mask", key_padding_mask, q, (batch, keys), torch.bool
         )
-    out, lse = attend(
+    outputs = attend(
         "attention",
         q,
         k,
@@ -328,8 +332,9 @@ def attention(  # type: ignore[misc]  # the overloads abbreviate the options
         dropout_seed=dropout_seed,
         scale=scale,
         sequence_offset=sequence_offset,
+        return_lse=return_lse,
     )
-    return (out, lse) if return_lse else out
+    return outputs if return_lse else outputs[0]  # type: ignore[return-value]
 
 
 @overload
@@ -411,7 +416,7 @@ def attention_varlen(  # type: ignore[misc]  # the overloads abbreviate the opti
         )
     _check_longest(op, "max_seqlen_q", max_seqlen_q)
     _check_longest(op, "max_seqlen_k", max_seqlen_k)
-    out, lse = attend(
+    outputs = attend(
         op,
         q,
         k,
@@ -428,5 +433,6 @@ def attention_varlen(  # type: ignore[misc]  # the overloads abbreviate the opti
         dropout_seed=dropout_seed,
         scale=scale,
         sequence_offset=sequence_offset,
+        return_lse=return_lse,
     )
-    return (out, lse) if return_lse else out
+    return outputs if return_lse else outputs[0]  # type: ignore[return-value]

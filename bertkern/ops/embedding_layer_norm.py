@@ -146,9 +146,17 @@ def _flat(ids: Tensor) -> Tensor:
 
 
 def _check_tables(word: Tensor, position: Tensor, table: Tensor) -> None:
-    if not arguments.alike(word, position, table):
-        arguments.check_tensor(_OP, "word", word)
-        arguments.check_same(_OP, "word", word, position=position, type=table)
+    if (
+        arguments.alike(word, position, table)
+        and word.dim() == position.dim() == table.dim() == 2
+        and word.shape[1] == position.shape[1] == table.shape[1]
+        and word.numel() > 0
+        and position.numel() > 0
+        and table.numel() > 0
+    ):
+        return
+    arguments.check_tensor(_OP, "word", word)
+    arguments.check_same(_OP, "word", word, position=position, type=table)
     for name, tensor in (("word", word), ("position", position), ("type", table)):
         if tensor.dim() != 2 or tensor.shape[0] == 0:
             raise ValueError(

@@ -78,7 +78,7 @@ def scaled_dot_product_attention(
     q, k, v = _BSHD(query, leading), _BSHD(key, key_leading), _BSHD(value, key_leading)
     sizes = (batch, heads, q.shape[1], k.shape[1])
     bias, key_padding_mask = _mask(attn_mask, q, leading, sizes)
-    out, _ = attend(
+    (out,) = attend(
         _OP,
         q,
         k,
