@@ -35,25 +35,18 @@ def _queries_step(dk_ND, dv_ND, k_ND, v_ND, q_ptr, dout_ptr, lse_ptr, dlse_ptr, 
     """dk / scale += dxᵀ q and dv / keep_scale += pᵀ dout over one block of queries, with transposed
     scores [N, M]; with ALL_KEYS the tile holds all keys, and gives delta and dq too.
 
-    Queries outside [first, last) see nothing. Where MASKED their scores are, because there a key
-    may be seen by no query at all, and its NaN must not reach its gradient (NaN * 0 = NaN).
-    Elsewhere the scores need no mask: the rows behind the last query are copies of it, with dout =
-    delta = 0 and so dx = 0. (With q = 0 and lse = inf in them p were 0, but not for an infinite
-    key: 0 * inf = NaN.) Keys past the end need no mask unless they are summed over (ALL_KEYS): they
-    only reach their own rows of dk and dv.
+    Queries outside [first, last) see nothing: q = dout = delta = 0 and lse = inf, so p = dx = 0
+    but for a key that is infinite, which gives NaN with q = 0: so p is masked. Where MASKED, dx is,
+    too, because there a key may be seen by no query at all, and its NaN must not reach its
+    gradient. Keys past the end need no mask unless they are summed over (ALL_KEYS): they only reach
+    their own rows of dk and dv.
     """
     rows = start_m + tl.arange(0, BLOCK_M)
     inside = (rows >= first) & (rows < last)
-    if MASKED:
-        held = inside
-    else:
-        rows = tl.minimum(rows, last - 1)
-        held = rows >= 0
-    lse_M = load_lse(lse_ptr, rows, held)
+    lse_M = load_lse(lse_ptr, rows, inside)
     if BIAS != 0 or KEY_PADDING:
-        held = held & (lse_M != float("inf"))
-        inside = inside & held
-    q_MD = load_rows(q_ptr, stride_q, rows, held, HEAD_DIM, BLOCK_D)
+        inside = inside & (lse_M != float("inf"))
+    q_MD = load_rows(q_ptr, stride_q, rows, inside, HEAD_DIM, BLOCK_D)
     s_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION)
     p_NM, tanh_NM = probability(
         s_NM, lse_M[None, :], bias_ptr, stride_bq, stride_bk, rows[None, :], cols[:, None], len_q,
@@ -65,7 +58,7 @@ def _queries_step(dk_ND, dv_ND, k_ND, v_ND, q_ptr, dout_ptr, lse_ptr, dlse_ptr, 
         allowed = allowed & in_band(rows[None, :], cols[:, None], low, high, LOW, HIGH)
         if ALL_KEYS:
             allowed = allowed & key_inside[:, None]
-        p_NM = tl.where(allowed, p_NM, 0.0)
+    p_NM = tl.where(allowed, p_NM, 0.0)
     if ALL_KEYS and not FOLD:
         p_NM = normalised(p_NM, 0)
     kept_NM = p_NM
