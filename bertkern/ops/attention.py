@@ -411,8 +411,8 @@ def attention_varlen(  # type: ignore[misc]  # the overloads abbreviate the opti
     batch = cu_seqlens_q.shape[0] - 1
     if batch < 0 or cu_seqlens_k.shape[0] != batch + 1:
         raise ValueError(
-            f"{op}: cu_seqlens_q and cu_seqlens_k have shapes {list(cu_seqlens_q.shape)} and "
-            f"{list(cu_seqlens_k.shape)}; both need the same B + 1 >= 1 elements"
+            f"{op}: cu_seqlens_k has shape {list(cu_seqlens_k.shape)} and cu_seqlens_q "
+            f"{list(cu_seqlens_q.shape)}; both need the same B + 1 >= 1 elements"
         )
     _check_longest(op, "max_seqlen_q", max_seqlen_q)
     _check_longest(op, "max_seqlen_k", max_seqlen_k)

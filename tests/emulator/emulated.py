@@ -117,8 +117,9 @@ class _Memory:
         self.known.clear()
 
 
-# In the first line of pybind11's docstring: f(name: type, name: type) -> type.
-_ARGUMENT = re.compile(r"[(,] ?(\w+): ")
+def argument_names(function: Any) -> list[str]:
+    """Of a function of the module; its docstring begins `f(name: type, name: type) -> type`."""
+    return re.findall(r"[(,] ?(\w+): ", function.__doc__.splitlines()[0])
 
 
 class _Calls:
@@ -132,7 +133,7 @@ class _Calls:
         if not name.startswith("cuda_"):
             return getattr(self._extension, name)
         function = getattr(self._memory.machine, name)
-        arguments = _ARGUMENT.findall(function.__doc__.splitlines()[0])
+        arguments = argument_names(function)
         if "stream" not in arguments:  # a question, no launch
             return function
 

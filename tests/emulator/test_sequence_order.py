@@ -92,9 +92,11 @@ class _WithoutMemory:
     def __getattr__(self, function):
         call = getattr(self._under, function)
 
-        def elsewhere(**arguments):
-            self.start = arguments[self._name]
-            return call(**arguments | {self._name: self.start + FAR})
+        def elsewhere(*arguments):
+            names = emulated.argument_names(getattr(emulated.module(), function))
+            at = names.index(self._name)
+            self.start = arguments[at]
+            return call(*arguments[:at], self.start + FAR, *arguments[at + 1 :])
 
         return elsewhere if function.endswith(("_fwd", "_bwd")) else call
 
