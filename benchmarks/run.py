@@ -58,7 +58,7 @@ def parser_of_suites() -> argparse.ArgumentParser:
     parser.add_argument(
         "suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all"
     )
-    parser.add_argument("--quick", action="store_true", help="fewer cases and samples, 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and samples")
     parser.add_argument("--peers", help="comma-separated, or none (default: all that are here)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(

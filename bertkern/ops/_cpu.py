@@ -21,6 +21,8 @@ DTYPES = {
     torch.bfloat16: _C.DType.BFLOAT16,
 }
 
+_NOTHING = (0, 0, 0, 0)  # sizes and strides of a bias that is absent
+
 
 def address(tensor: Tensor | None) -> int:
     """Where its elements are; 0 for an absent tensor."""
@@ -50,9 +52,6 @@ def _strides(t: Tensor) -> tuple[int, int, int]:
     """(batch, sequence, head) of [B, S, H, D], or (0, token, head) of [T, H, D]."""
     batch, sequence, head = t.stride()[:3] if t.dim() == 4 else (0, *t.stride()[:2])
     return batch, sequence, head
-
-
-_NOTHING = (0, 0, 0, 0)
 
 
 def _bias_options(bias: Tensor | None) -> tuple[Any, ...]:

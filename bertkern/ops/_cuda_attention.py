@@ -15,7 +15,7 @@ from ..reference.dropout import threshold_and_scale
 from ._cuda import DTYPES, address, place
 
 MAX_HEAD_DIM = 128
-_NOTHING = (0, 0, 0, 0)
+_NOTHING = (0, 0, 0, 0)  # sizes and strides of a bias that is absent
 
 
 def cannot_attention(dtype: torch.dtype, head_dim: int, aligned: bool) -> str | None:

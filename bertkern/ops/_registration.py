@@ -70,9 +70,9 @@ def define(
     """
     if setup_context is None or backward is None:
         setup_context, backward = _save_nothing, _refuse_gradient
-    op = _register(schema, implementation, fake, setup_context, backward, fold)
     tensors = _tensor_positions(schema)
     first, last = _span(schema, differentiable)
+    op = _register(schema, implementation, fake, setup_context, backward, fold)
     record = _short_node(schema, implementation, setup_context, backward, first, last)
 
     def call(*inputs: Any, outputs: int | None = outputs) -> Any:

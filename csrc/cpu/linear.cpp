@@ -8,7 +8,7 @@ namespace bertkern::cpu {
 namespace {
 
 constexpr int64_t kMostColumns = 48;  // a stretch of so many rows of w stays in the second cache
-constexpr int64_t kColumnsMultiple = 12;  // of every tile's columns
+constexpr int64_t kColumnsMultiple = 24;  // of the columns of every tile
 constexpr int64_t kItemsPerThread = 4;
 constexpr int64_t kLeastWork = 1 << 17;  // multiply-adds of a thread: about what waking it costs
 

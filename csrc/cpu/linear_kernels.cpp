@@ -24,7 +24,8 @@ constexpr int kTileColumns = 6;
 #else
 constexpr int kTileColumns = 3;
 #endif
-// A lane adds up no more than 128 products: one chain would lose as many times more digits.
+// At most 128 products are added up in a lane before the lanes are: the rounding error of one long
+// chain grows with its length.
 constexpr int64_t kDepth = kWidth < 8 ? 128 * kWidth : 1024;
 
 // Lane i of the result is the sum of lanes i, i + 4, ... of v.

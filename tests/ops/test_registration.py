@@ -310,6 +310,17 @@ def test_schemas_that_autograd_would_misread_are_refused(schema):
         _registration.define(f"{schema} -> Tensor", torch.clone, torch.clone)
 
 
+def test_arguments_with_gradients_stand_together():
+    with pytest.raises(ValueError, match="x, y must stand next to each other"):
+        _registration.define(
+            "apart(Tensor x, Tensor n, Tensor y) -> Tensor",
+            torch.clone,
+            torch.clone,
+            differentiable=("x", "y"),
+        )
+    assert not hasattr(torch.ops.bertkern, "apart")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_cuda_graph_replays_with_fresh_dropout():
     x, parameters = layer_arguments(2, 9)
