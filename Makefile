@@ -40,7 +40,7 @@ test: $(VENV)/built
 	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/built
-	BERTKERN_FUZZ_CASES=500 BERTKERN_MUTANTS=all $(PYTEST) tests benchmarks $(ARGS)
+	BERTKERN_DTYPES=all BERTKERN_FUZZ_CASES=500 BERTKERN_MUTANTS=all $(PYTEST) tests benchmarks $(ARGS)
 
 mutants: $(VENV)/built
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m mutants.run --write ../docs/mutants.md $(ARGS)

@@ -265,18 +265,19 @@ def _cpu_cases(who: Peers, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     for head_dim in (64,) if quick else (32, 64, 128):
         for seqlen in (128, 512):
             yield attention(tokens // seqlen, seqlen, dtype, who, head_dim=head_dim)
-    yield attention(2, 512, dtype, who, causal=True)
+    if not quick:
+        yield attention(2, 512, dtype, who, causal=True)
     for dropout_p in (0.1,) if quick else (0.0, 0.1):
         yield attention(8, 128, dtype, who, padded=True, dropout_p=dropout_p)
         yield attention_varlen(mixed_lengths(4, 512), dtype, who, dropout_p)
     yield attention(8, 128, dtype, who, bias=True)
-    for seqlen in (32, 256) if quick else (32, 64, 128, 256, 512, 1024, 2048):
-        yield attention(2048 // seqlen, seqlen, dtype, who, curve="S")
     if quick:
         return
-    for batch in (1, 2, 4, 32):
+    for seqlen in (32, 128, 256, 512, 1024):
+        yield attention(2048 // seqlen, seqlen, dtype, who, curve="S")
+    for batch in (1, 4, 32):
         yield attention(batch, 128, dtype, who, curve="B")
-    for seqlen in (4096, 8192, 16384):
+    for seqlen in (4096, 16384):
         yield attention(1, seqlen, dtype, who, heads=1, curve="S", passes=FORWARD)
 
 

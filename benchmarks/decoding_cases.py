@@ -295,10 +295,12 @@ def cases_of(name: str, device: torch.device, quick: bool) -> list[tuple[list[in
     """(lengths of the sources, beams)."""
     if device.type == "cpu" and name == "base":
         return [(mixed_lengths(4, 32), 1)]
-    greedy = (1, 16) if quick else (1, 16, 64)
-    searches = [(mixed_lengths(count, 32), 1) for count in greedy]
-    beams = [(mixed_lengths(count, 32), BEAM) for count in ((16,) if quick else (1, 16))]
-    return searches + beams
+    greedy: tuple[int, ...] = (1, 16) if quick else (1, 16, 64)
+    beams: tuple[int, ...] = (16,) if quick else (1, 16)
+    if device.type == "cpu":
+        greedy, beams = ((1, 16), ()) if quick else ((1, 64), (16,))
+    searches = [(count, 1) for count in greedy] + [(count, BEAM) for count in beams]
+    return [(mixed_lengths(count, 32), width) for count, width in searches]
 
 
 def decoding(run: Run, dtypes: Sequence[torch.dtype], only: str) -> None:

@@ -33,7 +33,7 @@ from .transformer_cases import sizes_of, transformer_training
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SUITES = ("ops", "models", "training")
 # Samples of a case, and the seconds that they may take: an op's, a model's.
-FULL, QUICK = (25, 1.0, 5.0), (9, 0.5, 1.0)
+FULL, QUICK = (25, 0.7, 3.0), (9, 0.3, 0.5)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,11 +14,30 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import dtypes_in_turn
 from emulator import emulated
 
 from bertkern.ops import _backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_configure(config) -> None:
+    """Markers of every room."""
+    config.addinivalue_line("markers", dtypes_in_turn.MARKER)
+
+
+def pytest_report_header() -> list[str]:
+    """What is left out, said before what is run."""
+    which = "every dtype" if dtypes_in_turn.ALL else "one dtype in turn; BERTKERN_DTYPES=all: every"
+    return [f"grids of backends and dtypes: each case on each backend in {which}"]
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Leaves out what only `make test-all` runs."""
+    left_out = dtypes_in_turn.choose(items)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(autouse=True)

@@ -61,8 +61,7 @@ def bertkern_mask(
 
     Raises:
         NotImplementedError: for a mask that is neither full nor causal (sliding windows, chunks,
-            masks
-            combined by the model).
+            masks combined by the model).
     """
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 

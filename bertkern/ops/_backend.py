@@ -3,9 +3,8 @@ choice.
 
 Backends: "cuda" (compiled kernels), "triton", "cpu" (compiled kernels), "reference" (plain
 PyTorch). Every backend has functions of the same names and arguments (see `bertkern/reference/`).
-Nothing here
-depends on batch size or lengths: the same sequence is computed by the same kernel in every batch.
-float64 is always the reference formula.
+Nothing here depends on batch size or lengths: the same sequence is computed by the same kernel in
+every batch. float64 is always the reference formula.
 """
 
 import functools
@@ -58,8 +57,7 @@ class backend:
 
     Raises:
         ValueError: for another name. A forced backend that cannot compute a call makes that call
-            raise
-            NotImplementedError, which says why.
+            raise NotImplementedError, which says why.
     """
 
     def __init__(self, name: str) -> None:
@@ -120,8 +118,7 @@ def unusable(name: str, device_type: str) -> str | None:
         if device_type != "cuda" and not (device_type == "cpu" and triton_interpreted()):
             return (
                 f"Triton has no {device_type} target; TRITON_INTERPRET=1 in the environment, set "
-                "before "
-                "Python starts, runs its kernels on cpu tensors in the interpreter"
+                "before Python starts, runs its kernels on cpu tensors in the interpreter"
             )
         try:
             importlib.import_module("triton")

@@ -129,8 +129,7 @@ def dropout_add_layer_norm(
         prenorm: also return the sum z = residual + dropout(x), rounded to x's dtype.
         dropout_seed: int64, one element, on x's device; None draws one.
         dropout_rows: int64 [tokens], each token's row in the padded layout, so that the mask is the
-            same
-            padded or not; None counts the rows of x.
+            same padded or not; None counts the rows of x.
 
     Returns:
         y [..., columns] in x's dtype; with prenorm, (y, z).

@@ -102,8 +102,7 @@ def ffn(
 
     Args:
         x: [..., K]; w1: [F, K]; w2: [N, F]; one dtype. b1: [F] or None; b2: [N] or None; x's dtype
-            or
-            float32.
+            or float32.
         activation: "gelu" (erf), "gelu_tanh" or "relu".
         dropout_p: probability to drop each output, rounded to a multiple of 1/65536.
         dropout_seed: int64, one element, on x's device; None draws one.

@@ -277,10 +277,11 @@ def test_inference_chooses_by_name(make_run, tiny, monkeypatch):
     monkeypatch.setattr(model_cases, "CONFIGS", {"mini": lambda: tiny, "base": lambda: tiny})
     monkeypatch.setattr(model_cases, "batches_of", lambda *a: [batch_of([4])])
     run, rows = make_run()
-    model_cases.inference(run, [F32, torch.bfloat16], "base")
+    model_cases.inference(run, [F32, torch.bfloat16], "mini")
     assert [(row.op, row.dtype, row.correct) for row in rows] == [
-        *(("bert-base", "float32", True), ("bert-base", "bfloat16", True)),
+        *(("bert-mini", "float32", True), ("bert-mini", "bfloat16", True)),
     ]
+    model_cases.inference(run, [F32], "base")  # left out of --quick on a CPU
     model_cases.inference(run, [F32], "no such model")
     assert len(rows) == 2
 
@@ -304,7 +305,7 @@ def test_every_floor_of_the_scaling_can_be_read_from_a_row(make_run, tiny, monke
         torch.set_num_threads(threads)
     assert run.facts is facts
     assert run.limits is ceilings
-    assert {row.shape["L"] for row in rows if row.curve == "L"} == {1, 2, 8, 16}
+    assert {row.shape["L"] for row in rows if row.curve == "L"} == {1, 2, 8}
     of_threads = [row for row in rows if row.curve == "threads"]
     assert {row.shape["threads"] for row in of_threads} == {1, 2}
     for row in of_threads:

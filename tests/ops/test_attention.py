@@ -170,6 +170,7 @@ def check(case, dtype, run, q, k, v, dout, dlse):
         )
 
 
+@pytest.mark.dtypes_in_turn("attention")
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
@@ -201,6 +202,7 @@ def test_varlen(backend, device, case, dtype):
         )
 
 
+@pytest.mark.dtypes_in_turn("attention")
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)

@@ -29,6 +29,7 @@ def check_draw(inputs):
     check(inputs, *run(inputs))
 
 
+@pytest.mark.dtypes_in_turn("attention_decode")
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)

@@ -53,6 +53,7 @@ def formula(q, k, v, bias, keys, causal=False, window=(-1, -1), softcap=0.0):
     return torch.einsum("bhqk,bkhd->bqhd", p, v)
 
 
+@pytest.mark.dtypes_in_turn("attention")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("name", CASES)
 def test_options(backend, device, name, dtype):

@@ -41,6 +41,7 @@ def plain(tables, weight, bias, indices, mask, padding_idx):
     return y if mask is None else y * mask.to(dtype).view_as(y)
 
 
+@pytest.mark.dtypes_in_turn("embedding_layer_norm")
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
@@ -295,6 +296,7 @@ def test_many_tokens(backend, device, tokens, columns, dtype):
         assert_close(*triple, grad=name != "y", name=name)
 
 
+@pytest.mark.dtypes_in_turn("embedding_layer_norm")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("columns", [24, 33, 1032])
 def test_where_rows_lie_changes_nothing(backend, device, columns, dtype):

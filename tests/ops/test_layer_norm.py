@@ -44,6 +44,7 @@ def hold_to_rule(run, inputs, names, cotangents):
         )
 
 
+@pytest.mark.dtypes_in_turn("layer_norm")
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -68,6 +69,7 @@ def test_layer_norm(backend, device, shape, dtype, mean):
         )
 
 
+@pytest.mark.dtypes_in_turn("dropout_add_layer_norm")
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize(
@@ -108,6 +110,7 @@ def test_dropout_add_layer_norm(backend, device, shape, dtype, dropout_p, rows_g
         )
 
 
+@pytest.mark.dtypes_in_turn("dropout_add_layer_norm")
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("shape", MANY_ROWS, ids=str)
@@ -143,6 +146,7 @@ def elsewhere(t):
     return view.copy_(t)
 
 
+@pytest.mark.dtypes_in_turn("dropout_add_layer_norm")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("columns", [24, 33, 1032])
 def test_where_rows_lie_changes_nothing(backend, device, columns, dtype):

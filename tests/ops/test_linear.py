@@ -69,6 +69,7 @@ def hold_to_rule(ours, plain, inputs, dy):
         assert_close(*matrices, grad=True, name=f"gradient {i}")
 
 
+@pytest.mark.dtypes_in_turn("linear")
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
@@ -99,6 +100,7 @@ def test_linear(backend, device, case, dtype):
         hold_to_rule(ours, plain, list(named.values()), dy)
 
 
+@pytest.mark.dtypes_in_turn("ffn")
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("case", FFN_CASES, ids=str)

@@ -66,6 +66,7 @@ def plain(x, w, b, target, **options):
     return F.cross_entropy(logits, target, **options)
 
 
+@pytest.mark.dtypes_in_turn("linear_cross_entropy")
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("case", CASES, ids=str)
