@@ -93,8 +93,8 @@ class Bench:
     """What all mutants are run with, made once: the module, and cases with what is expected of
     them. A process that runs a mutant is forked from the one that has it."""
 
-    def __init__(self, every: list[Mutant], files: set[str], seeds: int) -> None:
-        self.seeds = seeds
+    def __init__(self, every: list[Mutant], files: set[str], seeds: int, sound_seeds: int) -> None:
+        self.seeds, self.sound_seeds = seeds, sound_seeds
         torch.set_num_threads(1)
         path = compiling.module_of(every)
         module = build.load(path)
@@ -111,7 +111,7 @@ class Bench:
         out. A loop without an end ends the process."""
         seconds = SOUND_SECONDS if mutant is None else SECONDS
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
-        names, seeds, capabilities = self.cases.keys(), SOUND_SEEDS, (80, 90)
+        names, seeds, capabilities = self.cases.keys(), self.sound_seeds, (80, 90)
         if mutant is not None:
             self.choose(self.numbers[mutant])
             names, seeds = _ops_of(mutant.file), self.seeds
@@ -159,11 +159,11 @@ class _Running:
 
 
 def run_all(
-    every: list[Mutant], chosen: list[Mutant], workers: int, seeds: int
+    every: list[Mutant], chosen: list[Mutant], workers: int, seeds: int, sound_seeds: int
 ) -> Iterator[tuple[Mutant | None, Result]]:
     """Runs the sources as they are, which stand for None, and each chosen mutant, `workers` at a
     time; as they end."""
-    bench = Bench(every, {mutant.file for mutant in chosen}, seeds)
+    bench = Bench(every, {mutant.file for mutant in chosen}, seeds, sound_seeds)
     tasks, running = [None, *chosen], []
     tasks.reverse()
     while tasks or running:
@@ -182,6 +182,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="a file for the results")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="mutants at a time")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="scheduler seeds of a mutant")
+    parser.add_argument(
+        "--sound-seeds", type=int, default=SOUND_SEEDS, help="of the sources as they are"
+    )
     parser.add_argument("--names", type=Path, help="a file with the names to run, one a line")
     parser.add_argument("texts", nargs="*", help="what the names must have; all mutants without")
     arguments = parser.parse_args()
@@ -192,7 +195,9 @@ def main() -> int:
         chosen = [m for m in chosen if m.name in names]
     results, failures, sound = [], 0, False
     start = time.monotonic()
-    for mutant, result in run_all(every, chosen, arguments.workers, arguments.seeds):
+    for mutant, result in run_all(
+        every, chosen, arguments.workers, arguments.seeds, arguments.sound_seeds
+    ):
         if mutant is None:
             sound = not (failed := result.how != SURVIVED)
         else:
