@@ -87,8 +87,8 @@ def bertkern_mask(
 
     if attention_mask is not None and attention_mask.dim() != 2:
         raise NotImplementedError(
-            f"attn_implementation='{NAME}': attention_mask of shape {list(attention_mask.shape)} is "
-            "not supported; [B, Sk] and [B, H or 1, Sq or 1, Sk] are"
+            f"attn_implementation='{NAME}': attention_mask of shape {list(attention_mask.shape)} "
+            "is not supported; [B, Sk] and [B, H or 1, Sq or 1, Sk] are"
         )
     if mask_function is causal_mask_function:
         # The op's causal attention counts from the last key, which must be the last query's.
