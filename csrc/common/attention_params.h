@@ -82,7 +82,8 @@ constexpr int kAttentionSharedLimit = 99 * 1024;  // what every device from sm_8
 // over at a time, in kStages of shared memory; one warpgroup more has the copies made. Rows of
 // shared memory are cut into parts of one span of the swizzle.
 template <int kHeadDim_, int kWarpgroups_, int kColumns_, int kStages_,
-          Swizzle kSwizzle_ = kHeadDim_ % 64 == 0 ? Swizzle::k128 : Swizzle::k64>
+          Swizzle kSwizzle_ = kHeadDim_ % 64 == 0 ? Swizzle::k128 : Swizzle::k64,
+          int kProducerRegisters_ = kWarpgroups_ == 3 ? 56 : 40>
 struct WarpgroupTile {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kWarpgroups = kWarpgroups_;
@@ -96,9 +97,12 @@ struct WarpgroupTile {
   static constexpr int kParts = kHeadDim / kSpan;
   static constexpr int kRowsBytes = kRows * kHeadDim * 2;
   static constexpr int kColumnsBytes = kColumns * kHeadDim * 2;
-  // Of a thread, by setmaxnreg: 64 K registers in all.
-  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 152 : kWarpgroups == 2 ? 232 : 248;
-  static constexpr int kProducerRegisters = kWarpgroups == 3 ? 56 : 40;
+  // Of a thread, in steps of 8: at the start 64 K are shared out evenly; setmaxnreg moves them.
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kProducerRegisters = kProducerRegisters_;
+  static constexpr int kShare =
+      (kLaunchRegisters * (kWarpgroups + 1) - kProducerRegisters) / kWarpgroups / 8 * 8;
+  static constexpr int kConsumerRegisters = kShare < 248 ? kShare : 248;
   static_assert(kWarpgroups >= 1 && kWarpgroups <= 3, "registers for one to three");
   static_assert(kHeadDim % 32 == 0, "a part is 32 or 64 columns");
   static_assert(kColumns % 32 == 0 && kColumns <= 256, "wgmma's N, and rows of a box");
@@ -108,7 +112,7 @@ constexpr int kHopperSharedLimit = 227 * 1024;  // what a block can have on sm_9
 
 // By padded head dim (docs/roofline.md). Rows are queries (Fwd, BwdQueries) or keys (BwdShort,
 // BwdKeys). At 64 columns the tiles of BwdShort have two parts, so that each warpgroup has one of
-// dq.
+// dq, and the 128 x 128 scores of BwdKeys take 8 registers more, 16 of each thread of its producer.
 template <int kHeadDim>
 struct HopperAttentionTiles;
 template <>
@@ -127,7 +131,7 @@ struct HopperAttentionTiles<64> {
   using FwdGeneral = WarpgroupTile<64, 2, 64, 8>;  // 128 keys would spill
   using BwdShort = WarpgroupTile<64, 2, 64, 2, Swizzle::k64>;
   using BwdShortGeneral = BwdShort;
-  using BwdKeys = WarpgroupTile<64, 2, 64, 2>;
+  using BwdKeys = WarpgroupTile<64, 2, 128, 2, Swizzle::k128, 24>;
   using BwdQueries = WarpgroupTile<64, 2, 128, 2>;
   using BwdQueriesGeneral = WarpgroupTile<64, 2, 64, 2>;
 };

@@ -199,7 +199,7 @@ def _products(kernel):
         needed = products * head_dim * work
         # The warps of attention_bwd_short share out dq by whole fragments; the busiest is counted.
         return needed, needed * 9 // 8 if kernel.launch.what == "attention_bwd_short" else needed
-    head_dim, warpgroups, _, _, span = kernel.code.name.numbers("WarpgroupTile")
+    head_dim, warpgroups, _, _, span, _ = kernel.code.name.numbers("WarpgroupTile")
     needed = products * head_dim * work
     if kernel.launch.what == "attention_bwd_short":
         # The warpgroups share out dq by parts of its columns, of one span of the swizzle each.

@@ -23,8 +23,9 @@ Nothing here is timed: the figures are read from the code, without a GPU.
 **A kernel's resources.**
 - **instantiation**: types, tile and variant as in the source. `AttentionTile<head dim, warps, row
   tiles of 16 a warp, columns walked over at a time>`; `WarpgroupTile<head dim, warpgroups of 64
-  rows, columns walked over at a time, stages, bytes of the swizzle's span>`. `plain` has causal,
-  window, lengths and padding, `dropout` that and dropout, `general` bias, cap and any scale, too;
+  rows, columns walked over at a time, stages, bytes of the swizzle's span, registers of a thread
+  that has the copies made>`. `plain` has causal, window, lengths and padding, `dropout` that and
+  dropout, `general` bias, cap and any scale, too;
   `attention_bwd_short` is `attention_bwd_keys<..., true>`. `NormTile<vectors of 8 elements a
   thread, whether a row takes the whole block>`.
 - **sm**: the target. **threads** of a CTA, **regs** of a thread (of 255), **spill** bytes of stack;

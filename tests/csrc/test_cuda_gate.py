@@ -64,11 +64,12 @@ def test_names_are_alike_for_both_compilers(half):
 def test_names_of_hopper_kernels_say_so(bf16):
     symbol = (
         f"_ZN8bertkern4sm9025attention_bwd_keys_kernelI{bf16}NS_13WarpgroupTileILi64ELi2ELi128ELi4E"
-        "LNS_7SwizzleE128EEELNS_16AttentionVariantE0ELb1EEEvNS0_21AttentionBwdArgumentsE"
+        "LNS_7SwizzleE128ELi32EEELNS_16AttentionVariantE0ELb1EEEvNS0_21AttentionBwdArgumentsE"
     )
     name = cuda_binary.name_of(symbol)
-    assert str(name) == "attention_bwd_keys<bf16, WarpgroupTile<64, 2, 128, 4, 128>, plain, true>"
-    assert name.numbers("WarpgroupTile") == (64, 2, 128, 4, 128)
+    tile = "WarpgroupTile<64, 2, 128, 4, 128, 32>"
+    assert str(name) == f"attention_bwd_keys<bf16, {tile}, plain, true>"
+    assert name.numbers("WarpgroupTile") == (64, 2, 128, 4, 128, 32)
     assert name.room == "sm90"
 
 
@@ -94,7 +95,7 @@ TURN = code_of(
     *["LDGSTS.E.BYPASS.128.ZFILL [R10], [R18.64], P1"] * 2,
 )
 HOPPER = cuda_binary.Name(
-    "attention_fwd", ("bf16", "WarpgroupTile<32, 2, 32, 2, 64>", "dropout"), "sm90"
+    "attention_fwd", ("bf16", "WarpgroupTile<32, 2, 32, 2, 64, 40>", "dropout"), "sm90"
 )
 # 2 products of 128 x 32 scores at head dim 32: 2 of 64 x 32 x 16 for each by 2 warpgroups. Of 4096
 # scores a thread has 16: 4 draws.
@@ -242,7 +243,7 @@ def test_a_type_of_hopper_products_is_a_fault():
 )
 def test_warpgroups_share_out_parts_of_dq(head_dim, span, products):
     name = HOPPER._replace(
-        arguments=("bf16", f"WarpgroupTile<{head_dim}, 2, 64, 2, {span}>", "plain", "true")
+        arguments=("bf16", f"WarpgroupTile<{head_dim}, 2, 64, 2, {span}, 40>", "plain", "true")
     )
     short = kernel(name, STEP, Launch("attention_bwd_short", 384, 0))
     assert cuda_gate._products(short)[0] == pytest.approx(products * head_dim * 128 * 64)
@@ -336,7 +337,7 @@ def test_the_document_names_every_kernel_and_gives_its_figures_back():
 
 
 def test_the_document_sets_the_forward_beside_its_goal():
-    tile = "WarpgroupTile<64, 2, 32, 2, 128>"
+    tile = "WarpgroupTile<64, 2, 32, 2, 128, 40>"
     variants = ("plain", "dropout", "general")
     kernels = [
         hopper(name=HOPPER._replace(arguments=("bf16", tile, variant))) for variant in variants

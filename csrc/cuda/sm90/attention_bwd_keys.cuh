@@ -131,6 +131,7 @@ BERTKERN_DEVICE void produce_queries(const AttentionBwdArguments& arguments, con
       load_tile<Tile, kQueries>(q, arguments.q, head, first, batch, counts, again);
       load_tile<Tile, kQueries>(dout, arguments.dout, head, first, batch, counts, again);
     }
+#pragma unroll 1  // more at a time would take more registers than the producer has
     for (int n = lane_index(); n < kQueries; n += ptx::kWarpThreads) {
       const int i = first_q + n;
       // A query that sees nothing, or is none, has p = exp(s - Inf) = 0.
