@@ -2,11 +2,13 @@
 top.
 
 The ops are public here. Models are in `bertkern.models`, modules in `bertkern.nn`, drop-ins in
-`bertkern.integrations`; `bertkern.info()` says what can be used on this machine.
+`bertkern.integrations`, and `bertkern.patch(model)` puts the ops into a model of torch or
+transformers; `bertkern.info()` says what can be used on this machine.
 """
 
 from ._version import __version__
 from .info import info
+from .integrations.patching import patch, unpatch
 from .ops import (
     attention,
     attention_decode,
@@ -34,5 +36,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "patch",
     "scaled_dot_product_attention",
+    "unpatch",
 ]
