@@ -375,9 +375,35 @@ class InfiniteKey:
             assert t.isfinite().all()
 
 
+class OnlyKey:
+    """Rows at an edge of the band that see one key of several tiles: their ds is 0, where delta
+    summed over the rounded out would leave its rounding."""
+
+    name = "one key at an edge"
+
+    def prepare(self) -> None:
+        dice = Dice(34)
+        q, k, v = (dice.rows(1, 75, 1, 64, scale=loud) for loud in (1.0, 1.0, 4.0))
+        self.leaves = [t.requires_grad_() for t in (q, k, v)]
+        self.dout = dice.rows(1, 75, 1, 64, scale=4.0)
+
+    def check(self) -> None:
+        for options, queries, row in (({"causal": True}, 75, 0), ({"window": (0, 1)}, 61, 60)):
+            q, *rest = self.leaves
+            out = bertkern.attention(
+                q[:, :queries], *rest, dropout_p=0.3, dropout_seed=torch.tensor([5]), **options
+            )
+            (dq,) = torch.autograd.grad(out, q, self.dout[:, :queries])
+            assert (out[0, row] != 0).any()  # its key is kept
+            assert dq[0, row].abs().max() < 2e-5
+
+
 # The first ones are those that find most.
 CASES: tuple[
-    Callable[[], Case | InfiniteKey | LongestFirst | NanInside | NanInGradient | ManyKeys], ...
+    Callable[
+        [], Case | InfiniteKey | LongestFirst | NanInside | NanInGradient | ManyKeys | OnlyKey
+    ],
+    ...,
 ] = (
     lambda: batched("short, causal, dropout", 1, 41, 29, dim=56, causal=True, dropout=True),
     lambda: batched("long, window, dropout", 2, 75, 71, dim=56, window=(20, 9), dropout=True),
@@ -474,6 +500,7 @@ CASES: tuple[
         loud=4.0,
         dlse=False,
     ),
+    OnlyKey,
     lambda: batched("just below the threshold", 26, 16, 16, below=0),
     lambda: batched("just below the threshold, bit 3", 27, 16, 16, below=1),
     # Maxima grow by more than a row keeps its factor for, and are below 0.

@@ -39,7 +39,7 @@ from .sites import Mutant, mutants
 
 SEEDS = 2  # of a mutant's runs: the orders in which threads run and copies arrive
 SOUND_SEEDS = 5
-SECONDS = 20  # of processor time, for all of a mutant's runs
+SECONDS = 40  # of processor time, for all of a mutant's runs
 SOUND_SECONDS = 120
 
 _CASES: dict[str, tuple[Callable[[], Any], ...]] = {
