@@ -1,1 +1,6 @@
-"""Drop-ins for other libraries. Import the module that is wanted: it registers itself."""
+"""Drop-ins for other libraries. `torch` is here at once; `transformers` registers itself when it is
+imported."""
+
+from . import torch
+
+__all__ = ["torch"]

@@ -27,7 +27,7 @@ from transformers.activations import (
 )
 
 from .. import ops
-from .patched_torch import PatchedLayerNorm, dropout_probability, must_be_called
+from .patched_torch import PatchedLayerNorm, add_norm, dropout_probability, must_be_called
 
 _LAYER_NORMS = (nn.LayerNorm, PatchedLayerNorm)
 
@@ -123,7 +123,7 @@ class ResidualNorm(Part):
 
     def add_norm(self, y: Tensor, residual: Tensor) -> Tensor:
         """LayerNorm(residual + dropout(y))."""
-        return _add_norm(self.LayerNorm, y, residual, dropout_probability(self.dropout))
+        return add_norm(self.LayerNorm, y, residual, dropout_probability(self.dropout))
 
 
 class LinearActivation(Part):
@@ -249,8 +249,8 @@ class DistilLayer(Part):
         if self.obstacle() is not None:
             return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
         y, _ = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
-        x = _add_norm(self.sa_layer_norm, y, hidden_states)
-        return _add_norm(self.output_layer_norm, self.ffn(x), x)
+        x = add_norm(self.sa_layer_norm, y, hidden_states, 0.0)
+        return add_norm(self.output_layer_norm, self.ffn(x), x, 0.0)
 
 
 class Embeddings(Part):
@@ -433,13 +433,6 @@ def _ffn(up: nn.Linear, down: nn.Linear, activation: Any, x: Tensor, p: float = 
     name = _activation_name(activation)
     assert name is not None
     return ops.ffn(x, up.weight, up.bias, down.weight, down.bias, name, p)
-
-
-def _add_norm(norm: nn.LayerNorm, y: Tensor, residual: Tensor, p: float = 0.0) -> Tensor:
-    """LayerNorm(residual + dropout(y))."""
-    out = ops.dropout_add_layer_norm(y, residual, norm.weight, norm.bias, p, norm.eps)
-    assert isinstance(out, Tensor)
-    return out
 
 
 def _without_padding_gradient(embedding: nn.Embedding) -> Tensor:

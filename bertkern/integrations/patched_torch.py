@@ -427,7 +427,7 @@ def _apply(x: Tensor, sublayers: Sequence[Sublayer], norm_first: bool) -> Tensor
     """
     if not norm_first:
         for norm, function, dropout in sublayers:
-            x = cast(Tensor, _add_norm(norm, function(x), x, dropout_probability(dropout)))
+            x = add_norm(norm, function(x), x, dropout_probability(dropout))
         return x
     normed = _norm(sublayers[0][0], x)
     for i, (_, function, dropout) in enumerate(sublayers):
@@ -436,7 +436,7 @@ def _apply(x: Tensor, sublayers: Sequence[Sublayer], norm_first: bool) -> Tensor
             return x + ops.dropout(y, p)
         next_norm = sublayers[i + 1][0]
         if y.dtype == x.dtype:
-            normed, x = _add_norm(next_norm, y, x, p, prenorm=True)
+            normed, x = add_norm(next_norm, y, x, p, prenorm=True)
         else:  # autocast: the fused sum would round the residual stream in every sublayer
             x = x + ops.dropout(y, p)
             normed = _norm(next_norm, x)
@@ -447,7 +447,7 @@ def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
-def _add_norm(norm: nn.LayerNorm, y: Tensor, x: Tensor, p: float, prenorm: bool = False) -> Any:
+def add_norm(norm: nn.LayerNorm, y: Tensor, x: Tensor, p: float, prenorm: bool = False) -> Any:
     """LayerNorm(x + dropout(y)); with prenorm also the sum."""
     return ops.dropout_add_layer_norm(y, x, norm.weight, norm.bias, p, norm.eps, prenorm)
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..ops import scaled_dot_product_attention
 from ..ops.attention import MAX_HEAD_DIM
+from ..ops.scaled_dot_product_attention import scaled_dot_product_attention
 
 
 def sdpa() -> TorchFunctionMode:

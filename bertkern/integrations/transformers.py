@@ -241,7 +241,7 @@ def _with_sink(out: Tensor, lse: Tensor | None, s_aux: Tensor | None) -> Tensor:
     exp(s_aux)), with lse [..., H, S]."""
     if lse is None or s_aux is None:
         return out
-    share = torch.sigmoid(lse.transpose(-1, -2) - s_aux.float())
+    share = torch.sigmoid(lse.transpose(-1, -2) - s_aux.to(lse.dtype))
     return (out * share[..., None]).to(out.dtype)
 
 

@@ -1,5 +1,7 @@
 """`bertkern.integrations.torch.sdpa()`: who is routed, who is not, and what it computes."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -61,6 +63,14 @@ def test_computes_what_torch_computes(options):
         results.append((out, *torch.autograd.grad(out, (q, k, v), direction)))
     for found, wanted in zip(*reversed(results), strict=True):
         torch.testing.assert_close(found, wanted, atol=5e-6, rtol=1e-5)
+
+
+def test_is_there_after_import_bertkern():
+    code = (
+        "import bertkern, sys; bertkern.integrations.torch.sdpa(); assert sys.modules['torch'].nn"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_grouped_heads_and_dropout():

@@ -250,6 +250,20 @@ def test_values_of_another_width():
     torch.testing.assert_close(out, wanted.transpose(1, 2), atol=2e-6, rtol=1e-5)
 
 
+def test_sinks_are_as_exact_as_the_tensors():
+    """In float64: a sink is one more key whose value is 0."""
+    module = torch.nn.Module()
+    module.is_causal = False
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 9, 8, generator=make, dtype=torch.float64) for _ in range(3))
+    sinks = torch.randn(4, generator=make, dtype=torch.float64)
+    out, _ = bertkern_attention(module, q, k, v, None, s_aux=sinks)
+    scores = q @ k.mT * 8**-0.5
+    scores = torch.cat([scores, sinks.view(1, 4, 1, 1).expand(2, 4, 9, 1)], -1)
+    wanted = scores.softmax(-1)[..., :-1] @ v
+    torch.testing.assert_close(out, wanted.transpose(1, 2), atol=1e-12, rtol=1e-12)
+
+
 def test_packed_sequences_take_every_option():
     """Two packed sequences are what each of them alone is."""
     module = torch.nn.Module()

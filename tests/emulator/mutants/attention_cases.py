@@ -1,6 +1,7 @@
 """Cases of attention. The table of the mutants' tiles makes 32 keys at D <= 64, and 80 at D <= 96,
 those of one tile in the backward, on Hopper 64 and, without options, 128 (and 64 at D <= 128); the
-others walk over tiles of 32 and 16."""
+others walk over tiles of 32 and 16. The file is long because it ends in one table, whose cases
+share how they are drawn and poisoned."""
 
 import math
 from collections.abc import Callable
