@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bertkern.reference.tolerance import NearMiss, assert_close, hold_in_most_draws
+from bertkern.reference.tolerance import Bound, NearMiss, hold_in_most_draws
 
 from .machine import added_bytes
 from .row import Row, is_own
@@ -157,7 +157,7 @@ class Truths:
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
         self.drawn: dict[int, tuple[list[Tensor], Tensor]] = {}
-        self.known: dict[tuple[int, str], tuple[list[Tensor], list[Tensor]]] = {}
+        self.known: dict[tuple[int, str], list[Bound]] = {}
 
     def inputs(self, draw: int) -> tuple[list[Tensor], Tensor]:
         """Leaf tensors and the output's gradient."""
@@ -170,16 +170,19 @@ class Truths:
             self.drawn[draw] = leaves, output_gradient(whole)
         return self.drawn[draw]
 
-    def results(self, draw: int, direction: str) -> tuple[list[Tensor], list[Tensor]]:
-        """Of the case's part: exact in fp64, and the plain computation in the case's dtype."""
+    def bounds(self, draw: int, direction: str) -> list[Bound]:
+        """What output and gradients of the case's part are held to: the same in fp64, and the plain
+        computation in the case's dtype."""
         if (draw, direction) not in self.known:
             leaves, dout = self.inputs(draw)
             parts, dout_part = [self.case.part(t) for t in leaves], self.case.part(dout)
             doubles = [t.double() for t in parts]
-            self.known[draw, direction] = (
-                bound(self.case.plain, doubles, direction, dout_part.double())(),
-                bound(self.case.plain, parts, direction, dout_part)(),
-            )
+            exact = bound(self.case.plain, doubles, direction, dout_part.double())()
+            same = bound(self.case.plain, parts, direction, dout_part)()
+            self.known[draw, direction] = [
+                Bound(as_matrices(truth), as_matrices(plain), plain.dtype, grad=index > 0)
+                for index, (truth, plain) in enumerate(zip(exact, same, strict=True))
+            ]
         return self.known[draw, direction]
 
     def forget(self, direction: str) -> None:
@@ -206,7 +209,7 @@ class WrongResult(Exception):
     """A peer computed something else."""
 
 
-def compare(results: Sequence[Tensor], exact: Sequence[Tensor], same: Sequence[Tensor]) -> None:
+def compare(results: Sequence[Tensor], bounds: Sequence[Bound]) -> None:
     """Hold output and gradients to the rule, all of them before a near miss is told.
 
     Raises:
@@ -214,16 +217,12 @@ def compare(results: Sequence[Tensor], exact: Sequence[Tensor], same: Sequence[T
         NearMiss: none is, and one is close to the bound.
     """
     near: list[NearMiss] = []
-    for index, result in enumerate(results):
+    for index, (result, allowed) in enumerate(zip(results, bounds, strict=True)):
         name = f"gradient {index}" if index else "output"
-        if result.dtype != same[index].dtype:
-            raise WrongResult(f"{name} is {result.dtype}, not {same[index].dtype}")
+        if result.dtype != allowed.dtype:
+            raise WrongResult(f"{name} is {result.dtype}, not {allowed.dtype}")
         try:
-            assert_close(
-                *(as_matrices(tensor) for tensor in (result, exact[index], same[index])),
-                grad=index > 0,
-                name=name,
-            )
+            allowed.hold(as_matrices(result), name)
         except NearMiss as miss:
             near.append(miss)
         except AssertionError as problem:
@@ -243,12 +242,13 @@ def _check_peer(truths: Truths, name: str, peer: Peer, direction: str) -> Outcom
         return bound(run, [peer.enter(t) for t in leaves], direction, peer.enter(dout))
 
     def hold(draw: int) -> None:
-        exact, same_dtype = truths.results(draw, direction)
+        bounds = truths.bounds(draw, direction)
         results = call_of(peer.checked or peer.run, draw)()
         parts = [truths.case.part(peer.leave(result)) for result in results]
-        if draw == 0 and parts[0].shape == exact[0].shape:
-            outcome.max_error = relative_error(parts[0], exact[0])
-        compare(parts, exact, same_dtype)
+        out, exact = as_matrices(parts[0]), bounds[0].truth
+        if draw == 0 and out.shape == exact.shape:
+            outcome.max_error = relative_error(out, exact)
+        compare(parts, bounds)
 
     try:
         try:

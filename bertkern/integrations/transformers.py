@@ -1,4 +1,5 @@
-"""`attn_implementation="bertkern"` for transformers ≥ 5.
+"""`attn_implementation="bertkern"` for transformers ≥ 5, and for those models of 4.5x that ask for
+their attention by name (BERT does from 5.0 on, ModernBERT later).
 
     import bertkern.integrations.transformers
     model = AutoModel.from_pretrained(folder, attn_implementation="bertkern")
@@ -60,7 +61,7 @@ def bertkern_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int = 0,
+    q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
@@ -68,6 +69,7 @@ def bertkern_mask(
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    config: Any = None,
     **_: Any,
 ) -> Tensor | None:
     """The mask function that transformers calls once per forward pass; its arguments are those of
@@ -77,38 +79,44 @@ def bertkern_mask(
         See the module's text.
 
     Raises:
-        NotImplementedError: for a mask of neither two nor four dimensions.
+        NotImplementedError: for a mask of neither two nor four dimensions, and for a model that
+            does not ask for its attention by name, which would misread such masks.
     """
-    from transformers.masking_utils import (
-        bidirectional_mask_function,
-        causal_mask_function,
-        sdpa_mask,
-    )
+    from transformers import masking_utils
 
+    from .transformers_versions import own_attention, whole_mask
+
+    model = None if config is None else own_attention(type(config))
+    if model is not None:
+        raise NotImplementedError(
+            f"attn_implementation='{NAME}': {model} computes its attention itself, in this version "
+            "of transformers; use attn_implementation='eager'"
+        )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise NotImplementedError(
             f"attn_implementation='{NAME}': attention_mask of shape {list(attention_mask.shape)} "
             "is not supported; [B, Sk] and [B, H or 1, Sq or 1, Sk] are"
         )
-    if mask_function is causal_mask_function:
+    causal = masking_utils.causal_mask_function
+    if mask_function is causal:
         # The op's causal attention counts from the last key, which must be the last query's.
         ends = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
         tokens_alone = ends and allow_is_causal_skip
     else:
-        tokens_alone = mask_function is bidirectional_mask_function and allow_is_bidirectional_skip
+        both_ways = getattr(masking_utils, "bidirectional_mask_function", None)  # None: 4.57
+        tokens_alone = mask_function is both_ways and allow_is_bidirectional_skip
     if tokens_alone and not use_vmap:
         return _key_padding(attention_mask, kv_length, kv_offset)
-    return sdpa_mask(
-        batch_size,
+    return whole_mask(
         q_length,
-        kv_length,
         q_offset,
-        kv_offset,
-        causal_mask_function if mask_function is None else mask_function,
-        attention_mask,
-        allow_is_causal_skip=False,
+        device,
+        batch_size=batch_size,
+        kv_length=kv_length,
+        kv_offset=kv_offset,
+        mask_function=causal if mask_function is None else mask_function,
+        attention_mask=attention_mask,
         use_vmap=use_vmap,
-        device=device,
     )
 
 
@@ -250,13 +258,16 @@ def register() -> None:
     try:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface
+
+        from .transformers_versions import by_positions, masks_by_positions
     except ImportError as error:
         raise ImportError(
             "bertkern.integrations.transformers needs transformers >= 5 "
             f"(pip install 'bertkern[demo]'): {error}"
         ) from error
     AttentionInterface.register(NAME, bertkern_attention)
-    AttentionMaskInterface.register(NAME, bertkern_mask)
+    mask = by_positions(bertkern_mask) if masks_by_positions() else bertkern_mask
+    AttentionMaskInterface.register(NAME, mask)
 
 
 register()

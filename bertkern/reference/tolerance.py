@@ -14,6 +14,7 @@ cases, other cases on every machine. So a miss by less than NEAR is a NearMiss, 
 `hold_in_most_draws` draws fresh inputs before it believes it.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -48,14 +49,108 @@ def _rms_per_rows(error: torch.Tensor) -> torch.Tensor:
     The last block is the last ROWS rows, not a remainder of a few.
     """
     matrix = error.reshape(-1, *error.shape[-2:]) if error.dim() >= 2 else error.reshape(1, -1, 1)
-    rows = matrix.shape[1]
-    starts = [*range(0, rows - ROWS, ROWS), max(rows - ROWS, 0)]
-    return torch.cat([matrix[:, s : s + ROWS].square().mean(dim=(1, 2)).sqrt() for s in starts])
+    rows, cols = matrix.shape[1:]
+    whole = rows // ROWS * ROWS
+    blocks = [matrix[:, :whole].reshape(-1, ROWS * cols)] if whole else []
+    if whole < rows:
+        blocks.append(matrix[:, -ROWS:].flatten(1))
+    return torch.cat([torch.linalg.vector_norm(b, dim=1) / b.shape[1] ** 0.5 for b in blocks])
+
+
+def _largest(error: torch.Tensor) -> float:
+    """max|error|."""
+    return torch.linalg.vector_norm(error, ord=float("inf")).item()
 
 
 def cancelling(terms: torch.Tensor, dtype: torch.dtype) -> float:
     """The rounding of a sum of these terms, which cancel: half a unit of `dtype` in each."""
     return 0.5 * torch.finfo(dtype).eps * terms.detach().double().abs().sum().item()
+
+
+class Bound:
+    """The rule for one tensor: what its values may be, worked out once for all that are held to it.
+
+    Args:
+        ref64: the exact values. Matrices are the last two dimensions: rows (queries, tokens) second
+            to last.
+        same_dtype: the plain computation in the tested dtype.
+        dtype: the tested dtype.
+        grad: whether it is a gradient.
+        noise: an error allowed besides, for sums whose terms cancel: their rounding is that of the
+            terms, and torch's own error may happen to be 0. See `cancelling`.
+    """
+
+    def __init__(
+        self,
+        ref64: torch.Tensor,
+        same_dtype: torch.Tensor,
+        dtype: torch.dtype,
+        *,
+        grad: bool = False,
+        noise: float = 0.0,
+    ) -> None:
+        self.dtype = dtype
+        self.truth = ref64.detach().double()
+        # None, or where the truth is NaN, and where it leaves the dtype's range.
+        self.nan: torch.Tensor | None = None
+        self.beyond: torch.Tensor | None = None
+        if self.truth.numel() == 0:
+            return
+        rounded = self.truth.to(dtype)
+        same64 = same_dtype.detach().double().to(self.truth.device)
+        if not same64.isfinite().all():
+            # Where only plain torch leaves the range, the yardstick is the truth, rounded as its
+            # values are.
+            own = self.truth.to(same_dtype.dtype).double()
+            same64 = torch.where(same64.isfinite(), same64, own)
+        if not rounded.isfinite().all():
+            self.nan = self.truth.isnan()
+            self.beyond = ~rounded.isfinite() & ~self.nan
+            self.infinities = rounded[self.beyond]
+            undefined = self.nan | self.beyond
+            self.truth, same64 = (t.masked_fill(undefined, 0.0) for t in (self.truth, same64))
+            rounded = self.truth.to(dtype)
+        rounding = ((rounded + 0.3) - 0.3 - rounded).double()
+        allowed = same64 - self.truth
+        factor = 3.0 if grad else 2.0
+        self.most = factor * _largest(allowed) + 2 * _largest(rounding) + noise
+        self.most_rms = factor * _rms_per_rows(allowed) + 2 * _rms_per_rows(rounding) + noise
+
+    def hold(self, out: torch.Tensor, name: str = "out") -> None:
+        """Hold `out` to the rule. A row where torch's own computation gives NaN (nothing to attend
+        to) must be exactly 0 in `out`.
+
+        Raises:
+            NearMiss: the rule is broken, by little.
+            AssertionError: it is broken.
+        """
+        truth = self.truth
+        assert out.shape == truth.shape, (
+            f"{name}: shape {tuple(out.shape)}, not {tuple(truth.shape)}"
+        )
+        if out.numel() == 0:
+            return
+        out = out.detach().to(truth.device)
+        if self.nan is not None and self.beyond is not None:
+            assert (out[self.nan] == 0).all(), f"{name}: not 0 in rows where torch gives NaN"
+            reached = torch.equal(out[self.beyond].to(self.dtype), self.infinities)
+            assert reached, f"{name}: not infinite"
+            out = out.masked_fill(self.nan | self.beyond, 0.0)
+        error = out.double() - truth
+        worst = _largest(error)
+        if not math.isfinite(worst):
+            raise AssertionError(f"{name}: {(~out.isfinite()).sum()} values are not finite")
+        if worst > self.most:
+            kind = NearMiss if worst <= NEAR * self.most else AssertionError
+            raise kind(f"{name}: max error {worst:.3e} > {self.most:.3e} ({self.dtype})")
+        rms = _rms_per_rows(error)
+        where = int((rms - self.most_rms).argmax())
+        if rms[where] > self.most_rms[where]:
+            kind = NearMiss if (rms <= NEAR * self.most_rms).all() else AssertionError
+            raise kind(
+                f"{name}: rms error {rms[where]:.3e} > {self.most_rms[where]:.3e} in block {where} "
+                f"of {ROWS} rows ({self.dtype})"
+            )
 
 
 def assert_close(
@@ -67,46 +162,5 @@ def assert_close(
     name: str = "out",
     noise: float = 0.0,
 ) -> None:
-    """Hold `out` to the rule. Matrices are the last two dimensions: put rows (queries, tokens)
-    second to last.
-
-    Args:
-        noise: an error allowed besides, for sums whose terms cancel: their rounding is that of the
-            terms, and torch's own error may happen to be 0. See `cancelling`.
-
-    A row where torch's own computation gives NaN (nothing to attend to) must be exactly 0 in `out`.
-    """
-    assert out.shape == ref64.shape, f"{name}: shape {tuple(out.shape)}, not {tuple(ref64.shape)}"
-    if out.numel() == 0:
-        return
-    dtype = out.dtype
-    ref64 = ref64.detach().double()
-    out64 = out.detach().double().to(ref64.device)
-    same64 = same_dtype.detach().double().to(ref64.device)
-    undefined = ref64.isnan()
-    assert (out64[undefined] == 0).all(), f"{name}: not 0 in rows where torch gives NaN"
-    beyond = ~ref64.to(dtype).isfinite() & ~undefined  # the truth itself leaves the dtype's range
-    assert torch.equal(out64[beyond], ref64.to(dtype)[beyond].double()), f"{name}: not infinite"
-    undefined |= beyond
-    # Where only plain torch leaves the range, the yardstick is the truth, rounded as its are.
-    same64 = torch.where(same64.isfinite(), same64, ref64.to(same_dtype.dtype).double())
-    out64, same64, ref64 = (t.masked_fill(undefined, 0.0) for t in (out64, same64, ref64))
-    assert out64.isfinite().all(), f"{name}: {(~out64.isfinite()).sum()} values are not finite"
-    ref_rounded = ref64.to(dtype)
-    rounding = ((ref_rounded + 0.3) - 0.3 - ref_rounded).double()
-    factor = 3.0 if grad else 2.0
-    error, allowed = out64 - ref64, same64 - ref64
-    worst = error.abs().max().item()
-    bound = factor * allowed.abs().max().item() + 2 * rounding.abs().max().item() + noise
-    if worst > bound:
-        kind = NearMiss if worst <= NEAR * bound else AssertionError
-        raise kind(f"{name}: max error {worst:.3e} > {bound:.3e} ({dtype})")
-    rms = _rms_per_rows(error)
-    rms_bound = factor * _rms_per_rows(allowed) + 2 * _rms_per_rows(rounding) + noise
-    where = int((rms - rms_bound).argmax())
-    if rms[where] > rms_bound[where]:
-        kind = NearMiss if (rms <= NEAR * rms_bound).all() else AssertionError
-        raise kind(
-            f"{name}: rms error {rms[where]:.3e} > {rms_bound[where]:.3e} in block {where} of "
-            f"{ROWS} rows ({dtype})"
-        )
+    """Hold `out` to the rule: `Bound`, made for this one tensor."""
+    Bound(ref64, same_dtype, out.dtype, grad=grad, noise=noise).hold(out, name)

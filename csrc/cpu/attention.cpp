@@ -189,6 +189,13 @@ void sort_by_work(std::vector<Sequence>& sequences) {
   });
 }
 
+// Multiply-adds of the two products of all heads.
+int64_t forward_work(const AttentionArguments& a, const std::vector<Sequence>& sequences) {
+  int64_t scores = 0;
+  for (const Sequence& s : sequences) scores += s.len_q * s.len_k;
+  return scores * a.heads * 2 * a.head_dim;
+}
+
 }  // namespace
 
 void attention_fwd(const AttentionArguments& a, int threads) {
@@ -201,6 +208,7 @@ void attention_fwd(const AttentionArguments& a, int threads) {
                 -std::numeric_limits<float>::infinity());
     }
   }
+  threads = threads_for(forward_work(a, sequences), threads);
   sort_by_work(sequences);
   // Keys and values are packed once per item, so items are as long as keeps all threads busy.
   constexpr int64_t kLongItem = 576, kShortItem = 96;  // multiples of every kQueryBlock

@@ -10,13 +10,11 @@ namespace {
 constexpr int64_t kMostColumns = 48;  // a stretch of so many rows of w stays in the second cache
 constexpr int64_t kColumnsMultiple = 24;  // of the columns of every tile
 constexpr int64_t kItemsPerThread = 4;
-constexpr int64_t kLeastWork = 1 << 17;  // multiply-adds of a thread: about what waking it costs
 
 }  // namespace
 
 void linear_fwd(const LinearArguments& a, int threads) {
-  const int64_t work = a.rows * a.cols * a.depth;
-  threads = static_cast<int>(std::clamp<int64_t>(work / kLeastWork, 1, threads));
+  threads = threads_for(a.rows * a.cols * a.depth, threads);
   const int64_t share = a.cols / (threads * kItemsPerThread) / kColumnsMultiple * kColumnsMultiple;
   const int64_t columns = std::clamp(share, kColumnsMultiple, kMostColumns);
   const Kernels& table = kernels();

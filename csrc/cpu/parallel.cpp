@@ -80,6 +80,11 @@ void parallel_for(int64_t items, int threads, const std::function<void(int64_t)>
   if (job.failed) std::rethrow_exception(job.error);
 }
 
+int threads_for(int64_t multiply_adds, int threads) {
+  constexpr int64_t kLeastWork = 1 << 17;  // of a thread: about what waking it costs
+  return static_cast<int>(std::clamp<int64_t>(multiply_adds / kLeastWork, 1, threads));
+}
+
 float* thread_scratch(int64_t floats) {
   constexpr int64_t kAlignment = 64 / sizeof(float);
   thread_local std::unique_ptr<float[]> memory;

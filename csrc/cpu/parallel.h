@@ -11,6 +11,9 @@ namespace bertkern {
 // rethrows the first exception.
 void parallel_for(int64_t items, int threads, const std::function<void(int64_t)>& work);
 
+// At most `threads`: as many as are worth waking for so many multiply-adds.
+int threads_for(int64_t multiply_adds, int threads);
+
 // This thread's scratch memory of at least `floats` floats, 64-byte aligned, contents undefined.
 // The next call on this thread may return the same memory. Throws std::bad_alloc.
 float* thread_scratch(int64_t floats);
