@@ -263,7 +263,7 @@ def cases(who: Peers, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
 def _cpu_cases(who: Peers, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     tokens = 1024
     for head_dim in (64,) if quick else (32, 64, 128):
-        for seqlen in (128, 512):
+        for seqlen in (128, 512) if head_dim == 64 else (256,):
             yield attention(tokens // seqlen, seqlen, dtype, who, head_dim=head_dim)
     if not quick:
         yield attention(2, 512, dtype, who, causal=True)
@@ -275,7 +275,7 @@ def _cpu_cases(who: Peers, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
         return
     for seqlen in (32, 128, 256, 512, 1024):
         yield attention(2048 // seqlen, seqlen, dtype, who, curve="S")
-    for batch in (1, 4, 32):
+    for batch in (1, 32):
         yield attention(batch, 128, dtype, who, curve="B")
     for seqlen in (4096, 16384):
         yield attention(1, seqlen, dtype, who, heads=1, curve="S", passes=FORWARD)

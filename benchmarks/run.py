@@ -10,6 +10,7 @@ written as soon as they are measured, so what an interrupted run measured is the
 """
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -107,6 +108,8 @@ def measure_suites(arguments: Sequence[str]) -> int:
     except ValueError as problem:
         parser.error(str(problem))
 
+    # Memory is measured after a collection of garbage, which need not look at the peers' modules.
+    gc.freeze()
     facts = provenance(device)
     print(" · ".join(f"{key} {value}" for key, value in facts.items()))
     path = options.results / file_name("-".join(options.suites) or "bench", facts)

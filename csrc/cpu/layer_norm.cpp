@@ -6,12 +6,15 @@ namespace bertkern::cpu {
 
 namespace {
 
+constexpr int64_t kItemsPerThread = 4;
+
 // kernel(weight, bias, first, last, scratch) for every range of rows, weight and bias in fp32.
 template <typename Kernel>
 void normalise_rows(const NormArguments& a, int threads, const Kernel& kernel) {
   const FloatVector weight(a.weight, a.weight_dtype, a.cols);
   const FloatVector bias(a.bias, a.bias_dtype, a.cols);
-  const int64_t step = rows_per_item(a.cols);
+  // Long runs of rows: memory next to each other is one thread's, and its next pages are fetched.
+  const int64_t step = std::max(rows_per_item(a.cols), a.rows / (kItemsPerThread * threads));
   parallel_for((a.rows + step - 1) / step, threads, [&](int64_t item) {
     const int64_t first = item * step, last = std::min(a.rows, first + step);
     kernel(weight.data, bias.data, first, last, thread_scratch(row_scratch(a.cols)));
