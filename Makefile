@@ -27,7 +27,7 @@ help:
 	@echo "make mutants   run the tests on each deliberately wrong kernel; writes docs/mutants.md and docs/cuda-mutants.md"
 	@echo "make gate      compile every Triton kernel at every tuning row with the oldest and the newest Triton; writes docs/machine-code.md"
 	@echo "make sass      read the compiled CUDA kernels: registers, occupancy, the loops' issue slots; writes docs/machine-code-cuda.md (<= 1 minute)"
-	@echo "make bench     time ops, models and training against their peers (about half an hour; ARGS=--quick: some minutes); draws benchmarks/report"
+	@echo "make bench     time ops, models and training against their peers (about a quarter of an hour; ARGS=--quick: three minutes); draws benchmarks/report"
 	@echo "make gpu       with PYTHON as it stands: build, test and time on the GPU at hand (<= 9 minutes); writes RESULTS"
 	@echo "               in parts: make gpu-tests, gpu-ops, gpu-models; ARGS=--full times every case"
 	@echo "make lint      ruff, mypy, clang-format, and asm only in csrc/ptx"

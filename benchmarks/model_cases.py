@@ -209,7 +209,7 @@ def batches_of(name: str, device: torch.device, quick: bool) -> list[Batch]:
     if name == "large":
         return [batch_of([128])]
     if name == "base":
-        shapes = ([128] * 4, [32], mixed_lengths(4, 128))
+        shapes = ([128] * 2, [32], mixed_lengths(4, 128))
         return [batch_of(lengths) for lengths in shapes]
     batches = [batch_of([128] * 8), batch_of(mixed_lengths(8, 256))]
     if not quick:

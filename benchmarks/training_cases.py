@@ -232,9 +232,8 @@ def batches_of(name: str, device: torch.device, quick: bool) -> list[Batch]:
         batches = [batch_of([128] * 128), batch_of(mixed_lengths(64, 512))]
         return batches if quick else [*batches, batch_of([512] * 32)]
     if name == "mini":
-        if quick:
-            return [batch_of([128] * 4)]
-        return [batch_of([128] * 8), batch_of([512]), batch_of(mixed_lengths(8, 128))]
+        full = batch_of([128] * 4)
+        return [full] if quick else [full, batch_of([512]), batch_of(mixed_lengths(8, 128))]
     return [batch_of([128] * 2)]
 
 

@@ -320,14 +320,12 @@ def train(
 
 
 def training_lengths(name: str, device: torch.device, quick: bool) -> list[tuple[list[int], ...]]:
-    """Lengths of sources and of targets: mixed, and all alike."""
+    """Lengths of sources and of targets: mixed, and on a GPU all alike."""
     if device.type == "cuda":
         mixed = mixed_lengths(256, 128), mixed_lengths(256, 112)
         return [mixed] if quick else [mixed, ([64] * 256, [64] * 256)]
-    if name == "mini":
-        mixed = mixed_lengths(8, 64), mixed_lengths(8, 56)
-        return [mixed] if quick else [mixed, ([64] * 8, [64] * 8)]
-    return [(mixed_lengths(4, 64), mixed_lengths(4, 56))]
+    count = 8 if name == "mini" else 4
+    return [(mixed_lengths(count, 64), mixed_lengths(count, 56))]
 
 
 def transformer_training(run: Run, dtypes: Sequence[torch.dtype], only: str) -> None:

@@ -4,6 +4,7 @@
     the feed-forward half of a layer                  ffn, dropout_add_layer_norm
     act(dense(x)), and LayerNorm(act(dense(x)))       linear with the activation in it, layer_norm
     dropout(LayerNorm(word + position + type))        embedding_layer_norm
+    attention of transformers 4                       attention
 
 Under autocast a residual sum and its LayerNorm are computed from autocast's dtype, with statistics
 in float32, and their output has it. Which modules get these classes: patched_transformers.py.
@@ -11,6 +12,7 @@ in float32, and their output has it. Which modules get these classes: patched_tr
 B batch, S sequence.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar, TypeVar, cast
@@ -18,16 +20,13 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import (
-    AccurateGELUActivation,
-    FastGELUActivation,
-    GELUActivation,
-    GELUTanh,
-    NewGELUActivation,
-)
+from transformers.activations import GELUActivation
 
 from .. import ops
+from ..ops.attention import MAX_HEAD_DIM
 from .patched_torch import PatchedLayerNorm, add_norm, dropout_probability, must_be_called
+from .torch import sdpa
+from .transformers_versions import GELU_TANH
 
 _LAYER_NORMS = (nn.LayerNorm, PatchedLayerNorm)
 
@@ -41,16 +40,19 @@ def cached(function: _Function) -> _Function:
 
 class Part(nn.Module):
     """What the classes below share. A module's new class is a subclass of one of them and of the
-    module's own class, in that order, under the own class's name.
+    module's own class, in that order, under the own class's name. What the own class's method reads
+    of the module is annotated here, and what it is given is named in its place: see `knows`.
 
     Attributes:
         WHAT: the part's name in the report.
+        ARGUMENTS: those that are known, where the method's signature does not name them.
         CHILDREN: the children whose parameters are read here -> the kinds that they must be of.
         ACTIVATION: the name of the child that is an activation, if there is one.
         OWN, KIND: the module's own class, and which of the classes below.
     """
 
     WHAT: ClassVar[str]
+    ARGUMENTS: ClassVar[set[str]] = set()
     CHILDREN: ClassVar[dict[str, tuple[type, ...]]]
     ACTIVATION: ClassVar[str | None] = None
     OWN: ClassVar[type[nn.Module]]
@@ -60,6 +62,14 @@ class Part(nn.Module):
         """Pickles and copies by the two classes, of which the subclass is made again."""
         state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))[2:]
         return _blank, (self.OWN, self.KIND), *state
+
+    @classmethod
+    def knows(cls, method: str) -> set[str]:
+        """The arguments of a method, and the attributes of a module, that are known here. A program
+        of transformers that uses another one computes something else."""
+        arguments = cls.ARGUMENTS or inspect.signature(getattr(cls, method)).parameters
+        bases = [base for base in cls.__mro__ if issubclass(base, Part)]
+        return {name for base in bases for name in base.__annotations__} | set(arguments)
 
     @classmethod
     def names_for(cls, own: type[nn.Module]) -> dict[str, Any]:
@@ -249,8 +259,127 @@ class DistilLayer(Part):
         if self.obstacle() is not None:
             return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
         y, _ = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
-        x = add_norm(self.sa_layer_norm, y, hidden_states, 0.0)
+        return self.add_norms(y, hidden_states)
+
+    def add_norms(self, y: Tensor, residual: Tensor) -> Tensor:
+        """What follows the attention, whose output is y."""
+        x = add_norm(self.sa_layer_norm, y, residual, 0.0)
         return add_norm(self.output_layer_norm, self.ffn(x), x, 0.0)
+
+
+class DistilTupleLayer(DistilLayer):
+    """As transformers 4 has it: tuples in and out."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """[B, S, hidden] -> the weights if they are asked for, and [B, S, hidden]."""
+        if self.obstacle() is not None:
+            own: Any = super(DistilLayer, self)
+            outputs: tuple[Tensor, ...] = own.forward(x, attn_mask, head_mask, output_attentions)
+            return outputs
+        y, *weights = self.attention(
+            query=x,
+            key=x,
+            value=x,
+            mask=attn_mask,
+            head_mask=head_mask,
+            output_attentions=output_attentions,
+        )
+        return *weights, self.add_norms(y, x)
+
+
+class SelfAttention(Part):
+    """softmax(q kᵀ / √D + mask) v, which transformers 4 computes by matmul and softmax."""
+
+    WHAT = "attention"
+    ARGUMENTS: ClassVar = {
+        "hidden_states",
+        "attention_mask",
+        "head_mask",
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+        "past_key_value",
+        "past_key_values",
+        "output_attentions",
+        "cache_position",
+    }
+    CHILDREN: ClassVar = {
+        "query": (nn.Linear,),
+        "key": (nn.Linear,),
+        "value": (nn.Linear,),
+        "dropout": (nn.Dropout,),
+    }
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    dropout: nn.Dropout
+    num_attention_heads: int
+    attention_head_size: int
+    all_head_size: int
+    position_embedding_type: str
+    max_position_embeddings: int
+    distance_embedding: nn.Embedding
+    is_decoder: bool
+    layer_idx: int
+    transpose_for_scores: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def obstacle_in(cls, module: nn.Module, class_of: Callable[[Any], type] = type) -> str | None:
+        """As `Part.obstacle_in`, for an encoder without relative positions."""
+        if module.position_embedding_type != "absolute":
+            return f"its position_embedding_type is {module.position_embedding_type}"
+        if module.is_decoder:
+            return "it is a decoder's, computed without transformers' registry"
+        head_dim: Any = module.attention_head_size
+        if head_dim > MAX_HEAD_DIM:
+            return f"its head dim is {head_dim}; at most {MAX_HEAD_DIM} are supported"
+        return super().obstacle_in(module, class_of)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        """x [B, S, hidden] -> ([B, S, hidden], None); the mask is added to the scores. The class's
+        own forward computes what else may be asked for: weights, caches, cross attention."""
+        more = [*args, *(value for name, value in kwargs.items() if name != "cache_position")]
+        if self.obstacle() is not None or any(x is not None and x is not False for x in more):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        heads = (self.num_attention_heads, self.attention_head_size)
+        q_BSHD, k_BSHD, v_BSHD = (
+            _linear(dense, hidden_states).unflatten(-1, heads)
+            for dense in (self.query, self.key, self.value)
+        )
+        out = ops.attention(
+            q_BSHD,
+            k_BSHD,
+            v_BSHD,
+            bias=attention_mask,
+            dropout_p=dropout_probability(self.dropout),
+        )
+        return out.flatten(2), None
+
+
+class RoutedAttention(Part):
+    """An attention that calls torch's scaled_dot_product_attention: the class's own forward, in
+    which that is `bertkern.scaled_dot_product_attention`."""
+
+    WHAT = "attention"
+    CHILDREN: ClassVar = {}
+
+    @classmethod
+    def obstacle_in(cls, module: nn.Module, class_of: Callable[[Any], type] = type) -> str | None:
+        """As `Part.obstacle_in`: relative positions are computed without torch's function."""
+        positions = getattr(module, "position_embedding_type", "absolute")
+        return None if positions == "absolute" else f"its position_embedding_type is {positions}"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The arguments and the output of the class's own forward."""
+        with sdpa():
+            return super().forward(*args, **kwargs)
 
 
 class Embeddings(Part):
@@ -263,6 +392,15 @@ class Embeddings(Part):
     LayerNorm: nn.LayerNorm
     dropout: nn.Dropout
     position_ids: Tensor
+    position_embedding_type: str  # of transformers 4
+
+    @classmethod
+    def obstacle_in(cls, module: nn.Module, class_of: Callable[[Any], type] = type) -> str | None:
+        """As `Part.obstacle_in`; positions must be added."""
+        positions = getattr(module, "position_embedding_type", "absolute")
+        if positions != "absolute":
+            return f"its position_embedding_type is {positions}"
+        return super().obstacle_in(module, class_of)
 
     def embed(self, ids: Tensor, positions: Tensor, types: Tensor | None, table: Tensor) -> Tensor:
         """Ids [B, S]; positions and types that broadcast to them -> [B, S, hidden]."""
@@ -333,13 +471,14 @@ class RobertaEmbeddings(BertEmbeddings):
     """Positions count from padding_idx + 1; padding stays at padding_idx."""
 
     padding_idx: int
+    create_position_ids_from_input_ids: Callable[..., Tensor]  # a function in transformers 4
+    create_position_ids_from_inputs_embeds: Callable[[Tensor], Tensor]
 
     def positions(self, ids: Tensor, past_key_values_length: int = 0) -> Tensor:
         """The positions of ids [B, S] where none are given."""
-        own: Any = self
-        positions: Tensor = own.create_position_ids_from_input_ids(
-            ids, self.padding_idx, past_key_values_length
-        )
+        name = "create_position_ids_from_input_ids"
+        create: Any = getattr(self, name, None) or self.OWN.forward.__globals__[name]
+        positions: Tensor = create(ids, self.padding_idx, past_key_values_length)
         return positions
 
 
@@ -353,10 +492,14 @@ class DistilEmbeddings(Embeddings):
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
+        input_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Ids [B, S] -> [B, S, hidden]; inputs_embeds are left to the class's own forward."""
+        """Ids [B, S] -> [B, S, hidden]; inputs_embeds, which older versions call input_embeds, are
+        left to the class's own forward."""
         if input_ids is None or self.obstacle() is not None:
-            return super().forward(input_ids, inputs_embeds, position_ids)
+            embeds = input_embeds if inputs_embeds is None else inputs_embeds
+            positions = () if position_ids is None else (position_ids,)  # transformers 4 has none
+            return super().forward(input_ids, embeds, *positions)
         return self.embed_without_types(input_ids, position_ids)
 
 
@@ -402,10 +545,7 @@ def _blank(own: type[nn.Module], kind: type[Part]) -> Part:
 
 _ACTIVATIONS: dict[Any, str] = {
     GELUActivation: "gelu",
-    GELUTanh: "gelu_tanh",
-    NewGELUActivation: "gelu_tanh",
-    FastGELUActivation: "gelu_tanh",
-    AccurateGELUActivation: "gelu_tanh",
+    **dict.fromkeys(GELU_TANH, "gelu_tanh"),
     nn.ReLU: "relu",
     F.gelu: "gelu",
     F.relu: "relu",

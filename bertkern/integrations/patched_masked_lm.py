@@ -14,14 +14,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.loss.loss_utils import ForMaskedLMLoss
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.albert import modeling_albert as albert
 from transformers.models.bert import modeling_bert as bert
-from transformers.utils.generic import can_return_tuple
 
 from .. import ops
 from .patched_bert_layers import Part, RobertaHead
+from .transformers_versions import MASKED_LM_LOSS
 
 IGNORE_INDEX = -100  # of transformers' masked-LM labels
 
@@ -36,9 +35,25 @@ class MaskedLM(Part):
     """
 
     WHAT = "masked-LM loss"
+    ARGUMENTS: ClassVar = {
+        "input_ids",
+        "attention_mask",
+        "token_type_ids",
+        "position_ids",
+        "head_mask",
+        "inputs_embeds",
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+        "labels",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "kwargs",
+    }
     LABELS: ClassVar[tuple[str, ...]] = ("labels",)
     PARAMETERS: ClassVar[tuple[str, ...]]
     base_model: nn.Module
+    config: Any
 
     @classmethod
     def names_for(cls, own: type[nn.Module]) -> dict[str, Any]:
@@ -58,14 +73,16 @@ class MaskedLM(Part):
         """The arguments of the class's own forward; with labels, in training, logits are None."""
         arguments = dict(zip(self.PARAMETERS, args, strict=False)) | kwargs
         if self.training and self.asks_for_loss(arguments) and self.obstacle() is None:
-            return self.with_loss(**arguments)
+            return_dict = arguments.pop("return_dict", None)
+            output = self.with_loss(**arguments)
+            as_dict = self.config.return_dict if return_dict is None else return_dict
+            return output if as_dict else output.to_tuple()
         return super().forward(*args, **kwargs)
 
     def asks_for_loss(self, arguments: dict[str, Any]) -> bool:
         """Whether the arguments are those of the loss that is computed here."""
         return all(arguments.get(name) is not None for name in self.LABELS)
 
-    @can_return_tuple
     def with_loss(self, labels: Tensor, **arguments: Any) -> Any:
         """The output of the class's own forward, with a loss and without logits."""
         outputs = self.base_model(**arguments, return_dict=True)
@@ -138,10 +155,11 @@ class BertPreTraining(BertMaskedLM):
     """With the next sentence's loss, which is added."""
 
     LABELS = ("labels", "next_sentence_label")
+    ARGUMENTS: ClassVar = {*MaskedLM.ARGUMENTS, "next_sentence_label"}
 
-    @can_return_tuple
-    def with_loss(self, labels: Tensor, next_sentence_label: Tensor, **arguments: Any) -> Any:
+    def with_loss(self, labels: Tensor, **arguments: Any) -> Any:
         """The output of the class's own forward, with a loss and without logits of tokens."""
+        next_sentence_label = arguments.pop("next_sentence_label")
         outputs = self.base_model(**arguments, return_dict=True)
         relationship = self.cls.seq_relationship(outputs[1])
         next_sentence = F.cross_entropy(relationship.view(-1, 2), next_sentence_label.view(-1))
@@ -211,11 +229,14 @@ class ModernMaskedLM(MaskedLM):
     CHILDREN: ClassVar = {"decoder": (nn.Linear,)}
     head: nn.Module
     decoder: nn.Linear
+    loss_function: Callable[..., Tensor]
+    sparse_prediction: bool
+    sparse_pred_ignore_index: int
 
     @classmethod
     def obstacle_in(cls, module: nn.Module, class_of: Callable[[Any], type] = type) -> str | None:
         """As `Part.obstacle_in`; the loss must be the plain one."""
-        if module.loss_function is not ForMaskedLMLoss:
+        if module.loss_function is not MASKED_LM_LOSS:
             return "its loss_function is not that of masked-LM models"
         if module.sparse_prediction and module.sparse_pred_ignore_index != IGNORE_INDEX:
             return f"its sparse_pred_ignore_index is not {IGNORE_INDEX}"

@@ -1,64 +1,73 @@
 """Which modules of transformers `bertkern.patch` knows, and their attention.
 
     attention that asks transformers' registry        attn_implementation="bertkern"
+    attention of transformers 4                       patched_bert_layers.py
     layers of the BERT family                         patched_bert_layers.py
     masked-LM loss in training                        patched_masked_lm.py
 
 Which classes these are is not a list of names. Most of the family's layers are one text, copied
 from model to model; a module is known if the method that is overridden is the same program as that
 of BERT, RoBERTa, ELECTRA or DistilBERT, and its children are of the kinds that the program was
-written for.
+written for. What that program is depends on the version of transformers: it must use no argument
+and no attribute that the class which overrides it does not know.
 """
 
 import copy
 import dis
+import importlib
 import inspect
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.albert import modeling_albert as albert
-from transformers.models.bert import modeling_bert as bert
-from transformers.models.bert_generation import modeling_bert_generation as bert_generation
-from transformers.models.data2vec import modeling_data2vec_text as data2vec_text
-from transformers.models.distilbert import modeling_distilbert as distilbert
-from transformers.models.electra import modeling_electra as electra
-from transformers.models.modernbert import modeling_modernbert as modernbert
-from transformers.models.roberta import modeling_roberta as roberta
+from transformers import PreTrainedModel
+from transformers import __version__ as version
 
 from . import patched_bert_layers as layers
 from . import patched_masked_lm as losses
 from .patched_bert_layers import Part, cached, patched_class
-from .transformers import NAME
+from .transformers_versions import Config, has_registry, optional, takes_attention
 
+# The name of the attention, as transformers.py registers it.
+NAME = "bertkern"
 # The key of a model's __dict__ under which the names of its configs' attentions are kept.
 _OWN_ATTENTION = "_bertkern_own_attention"
 
-# The method that is overridden, the class whose program it must be, and what overrides it.
-_KNOWN: tuple[tuple[str, type[nn.Module], type[Part]], ...] = (
-    ("forward", bert.BertSelfOutput, layers.ResidualNorm),
-    ("forward", bert.BertIntermediate, layers.LinearActivation),
-    ("feed_forward_chunk", bert.BertLayer, layers.FeedForwardLayer),
-    ("forward", bert.BertPredictionHeadTransform, layers.HeadTransform),
-    ("forward", roberta.RobertaLMHead, layers.RobertaHead),
-    ("ff_chunk", albert.AlbertLayer, layers.AlbertFeedForward),
-    ("ff_chunk", distilbert.FFN, layers.DistilFeedForward),
-    ("forward", distilbert.TransformerBlock, layers.DistilLayer),
-    ("forward", bert.BertEmbeddings, layers.BertEmbeddings),
-    ("forward", albert.AlbertEmbeddings, layers.BertEmbeddings),
-    ("forward", bert_generation.BertGenerationEmbeddings, layers.GenerationEmbeddings),
-    ("forward", roberta.RobertaEmbeddings, layers.RobertaEmbeddings),
-    ("forward", distilbert.Embeddings, layers.DistilEmbeddings),
-    ("forward", bert.BertForMaskedLM, losses.BertMaskedLM),
-    ("forward", bert.BertForPreTraining, losses.BertPreTraining),
-    ("forward", roberta.RobertaForMaskedLM, losses.RobertaMaskedLM),
-    ("forward", data2vec_text.Data2VecTextForMaskedLM, losses.RobertaMaskedLM),
-    ("forward", albert.AlbertForMaskedLM, losses.AlbertMaskedLM),
-    ("forward", modernbert.ModernBertForMaskedLM, losses.ModernMaskedLM),
-    ("forward", electra.ElectraForMaskedLM, losses.ElectraMaskedLM),
-    ("forward", distilbert.DistilBertForMaskedLM, losses.DistilMaskedLM),
+# The method that is overridden, the class whose program it must be, and what overrides it, if it
+# knows everything that the program uses in this version.
+_KNOWN: tuple[tuple[str, str, type[Part]], ...] = (
+    ("forward", "bert.BertSelfAttention", layers.SelfAttention),
+    ("forward", "bert.BertSelfOutput", layers.ResidualNorm),
+    ("forward", "bert.BertIntermediate", layers.LinearActivation),
+    ("feed_forward_chunk", "bert.BertLayer", layers.FeedForwardLayer),
+    ("forward", "bert.BertPredictionHeadTransform", layers.HeadTransform),
+    ("forward", "roberta.RobertaLMHead", layers.RobertaHead),
+    ("ff_chunk", "albert.AlbertLayer", layers.AlbertFeedForward),
+    ("ff_chunk", "distilbert.FFN", layers.DistilFeedForward),
+    ("forward", "distilbert.TransformerBlock", layers.DistilLayer),
+    ("forward", "distilbert.TransformerBlock", layers.DistilTupleLayer),
+    ("forward", "bert.BertEmbeddings", layers.BertEmbeddings),
+    ("forward", "albert.AlbertEmbeddings", layers.BertEmbeddings),
+    ("forward", "bert_generation.BertGenerationEmbeddings", layers.GenerationEmbeddings),
+    ("forward", "roberta.RobertaEmbeddings", layers.RobertaEmbeddings),
+    ("forward", "distilbert.Embeddings", layers.DistilEmbeddings),
+    ("forward", "bert.BertForMaskedLM", losses.BertMaskedLM),
+    ("forward", "bert.BertForPreTraining", losses.BertPreTraining),
+    ("forward", "roberta.RobertaForMaskedLM", losses.RobertaMaskedLM),
+    ("forward", "data2vec_text.Data2VecTextForMaskedLM", losses.RobertaMaskedLM),
+    ("forward", "albert.AlbertForMaskedLM", losses.AlbertMaskedLM),
+    ("forward", "modernbert.ModernBertForMaskedLM", losses.ModernMaskedLM),
+    ("forward", "electra.ElectraForMaskedLM", losses.ElectraMaskedLM),
+    ("forward", "distilbert.DistilBertForMaskedLM", losses.DistilMaskedLM),
 )
+# Names of the projections in modules that compute attention.
+_PROJECTIONS = ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"), ("Wqkv",)
+_MODELS = "transformers.models."
+# Instructions that read an attribute.
+_READS = ("LOAD_ATTR", "LOAD_METHOD")
+# Names by which a forward calls torch's attention: in layers of transformers 4, in ModernBERT's.
+_TORCH_ATTENTION = ("scaled_dot_product_attention", "MODERNBERT_ATTENTION_FUNCTION")
 
 
 def replacement(module: nn.Module, model: nn.Module) -> type | str | None:
@@ -73,7 +82,7 @@ def replacement(module: nn.Module, model: nn.Module) -> type | str | None:
         it is none of the kinds above.
     """
     kind = _kind(type(module))
-    if kind is None:
+    if kind is None or (kind is layers.RoutedAttention and not _projects(module)):
         return _unknown(module)
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
@@ -109,6 +118,7 @@ def patch_attention(model: nn.Module) -> tuple[list[str], dict[str, str]]:
                 left |= dict.fromkeys(names, reason)
                 continue
             unpatch_attention(root)
+            importlib.import_module(".transformers", __package__)  # registers the name
             configs = _own_configs(root)
             root.__dict__[_OWN_ATTENTION] = [(c, c._attn_implementation) for c in configs]
             root.set_attn_implementation(NAME)
@@ -138,22 +148,24 @@ def _asks_registry(kind: type) -> bool:
 
 
 def _attention_obstacle(root: PreTrainedModel) -> str | None:
+    if not has_registry():
+        return f"transformers {version} takes no other attention functions"
     for module in root.modules():
         if isinstance(module, PreTrainedModel):
-            if not (module._supports_attention_backend and module._can_set_attn_implementation()):
+            if not (module._supports_attention_backend and takes_attention(type(module))):
                 return f"{type(module).__name__} does not take other attention functions"
             if module.config.output_attentions:
                 return "its config asks for attention weights (output_attentions)"
     return None
 
 
-def _own_configs(root: PreTrainedModel) -> list[PreTrainedConfig]:
+def _own_configs(root: PreTrainedModel) -> list[Any]:
     """Give a model configs of its own, which no other model shares; the outer ones come first."""
     copies: dict[int, Any] = {}
-    configs: list[PreTrainedConfig] = []
+    configs: list[Any] = []
     for module in root.modules():
         for name, value in module.__dict__.items():
-            if isinstance(value, PreTrainedConfig):
+            if isinstance(value, Config):
                 module.__dict__[name] = own = copy.deepcopy(value, copies)
                 if all(own is not config for config in configs):
                     configs.append(own)
@@ -164,11 +176,42 @@ def _kind(own: type) -> type[Part] | None:
     """Which of the classes above a class of transformers is the program of."""
     if issubclass(own, Part):
         return None
-    for method, known, part in _KNOWN:
+    for method, known, part in _known():
         program = _program(own, method)
         if program is not None and program == _program(known, method):
             return part
-    return None
+    return layers.RoutedAttention if _calls_torch(own) else None
+
+
+@cached
+def _known() -> list[tuple[str, type, type[Part]]]:
+    """_KNOWN, as far as this version has the classes and its programs are the known ones."""
+    rows = []
+    for method, name, part in _KNOWN:
+        file, _, name = name.rpartition(".")
+        folder = file.removesuffix("_text")
+        known = optional(f"models.{folder}.modeling_{file}", name)
+        if known is not None and _names(known, method) <= part.knows(method):
+            rows.append((method, known, part))
+    return rows
+
+
+def _names(own: type, method: str) -> set[str]:
+    """The arguments of a method, and the attributes that it reads of its module."""
+    function: Any = inspect.unwrap(getattr(own, method))
+    names = {*list(inspect.signature(function).parameters)[1:]}
+    program = _program(own, method) or ()
+    for (load, given), (read, name) in pairwise(program):
+        if load.startswith("LOAD_FAST") and read in _READS:
+            last = given if isinstance(given, str) else given[-1]  # of two at once
+            names |= {name} if last == "self" else set()
+    return names
+
+
+def _calls_torch(own: type) -> bool:
+    """Whether a class computes attention by torch's scaled_dot_product_attention."""
+    names = {name for _, name in _program(own, "forward") or () if isinstance(name, str)}
+    return issubclass(own, nn.Module) and not names.isdisjoint(_TORCH_ATTENTION)
 
 
 def _program(own: type, method: str) -> tuple[tuple[str, Any], ...] | None:
@@ -183,15 +226,19 @@ def _program(own: type, method: str) -> tuple[tuple[str, Any], ...] | None:
 
 
 @cached
-def _instructions(function: Callable[..., Any], encoder: str | None) -> tuple[tuple[str, Any], ...]:
-    """A function's instructions. Globals are what they refer to, and the attribute that holds a
-    model's encoder counts as one name."""
+def _instructions(
+    function: Callable[..., Any], encoder: str | None, deep: bool = True
+) -> tuple[tuple[str, Any], ...]:
+    """A function's instructions. Globals are what they refer to, a model's own functions are their
+    instructions, and the attribute that holds a model's encoder counts as one name."""
     program = []
     for instruction in dis.get_instructions(function):
         value = instruction.argval
         if instruction.opname == "LOAD_GLOBAL":
             program.append((instruction.opname, value))
             value = function.__globals__.get(value)
+            if deep and inspect.isfunction(value) and value.__module__.startswith(_MODELS):
+                value = _instructions(value, None, deep=False)
         elif encoder and value == encoder:
             value = "base_model"
         program.append((instruction.opname, value))
@@ -204,11 +251,17 @@ def _is_of_transformers(wrapper: Any) -> bool:
     return name.partition(".")[0] == "transformers"
 
 
+def _projects(module: nn.Module) -> bool:
+    """Whether a module's children are those of an attention of the family."""
+    children = dict(module.named_children()).keys()
+    return any(children >= set(names) for names in _PROJECTIONS)
+
+
 def _unknown(module: nn.Module) -> str | None:
     """Why a module that looks like one of the family is left, or None where it does not."""
     children = dict(module.named_children()).keys()
     name = type(module).__name__
-    if children >= {"query", "key", "value"}:
+    if _projects(module):
         asks = _asks_registry(type(module))
         return None if asks else f"{name} computes its attention without transformers' registry"
     looks = (

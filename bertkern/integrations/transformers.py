@@ -259,14 +259,14 @@ def register() -> None:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface
 
-        from .transformers_versions import by_positions, masks_by_positions
+        from .transformers_versions import MASKS_BY_POSITIONS, by_positions
     except ImportError as error:
         raise ImportError(
             "bertkern.integrations.transformers needs transformers >= 5 "
             f"(pip install 'bertkern[demo]'): {error}"
         ) from error
     AttentionInterface.register(NAME, bertkern_attention)
-    mask = by_positions(bertkern_mask) if masks_by_positions() else bertkern_mask
+    mask = by_positions(bertkern_mask) if MASKS_BY_POSITIONS else bertkern_mask
     AttentionMaskInterface.register(NAME, mask)
 
 

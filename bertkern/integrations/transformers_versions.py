@@ -1,11 +1,10 @@
-"""Where the versions of transformers differ in what this package uses of them: all of it is here.
+"""Where versions of transformers differ in what this package uses of them.
 
-    5      mask functions get lengths and offsets; up to 5.0 or some versions after it, as in 4, the
-           positions of the queries in their place
-    4.5x   AttentionInterface and AttentionMaskInterface appear; BERT does not ask them yet
-    4      PreTrainedConfig is PretrainedConfig; layers return tuples
+    names         PreTrainedConfig, modules of activation, whole models: not in every version
+    registry      attention and mask functions under a name of one's own, since 4.5x
+    masks         mask functions get the positions of the queries, later lengths and offsets
 
-Signatures of layers are not compared with numbers of versions: see `Part.knows`.
+What their layers compute is no matter of numbers of versions: see `Part.knows`.
 """
 
 import importlib
@@ -17,45 +16,36 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import activations
+from torch import Tensor
 
 Config: Any = getattr(transformers, "PreTrainedConfig", None) or transformers.PretrainedConfig
 
-# Modules that compute GELU by tanh.
-GELU_TANH = tuple(
-    getattr(activations, name)
-    for name in (
-        "GELUTanh",
-        "PytorchGELUTanh",
-        "NewGELUActivation",
-        "FastGELUActivation",
-        "AccurateGELUActivation",
-    )
-    if hasattr(activations, name)
+
+@cache
+def optional(file: str, name: str) -> Any:
+    """What `transformers.<file>` calls by a name, or None where this version has none."""
+    try:
+        return getattr(importlib.import_module(f"transformers.{file}"), name, None)
+    except ImportError:
+        return None
+
+
+# Modules that compute GELU by tanh, by all their names.
+_TANH = ("GELUTanh", "PytorchGELUTanh", "NewGELUActivation", "FastGELUActivation")
+GELU_TANH = [optional("activations", name) for name in (*_TANH, "AccurateGELUActivation")]
+MASKED_LM_LOSS = optional("loss.loss_utils", "ForMaskedLMLoss")
+
+_sdpa_mask = optional("masking_utils", "sdpa_mask")
+_causal_mask_function = optional("masking_utils", "causal_mask_function")
+# Whether mask functions get `cache_position`, not q_length and q_offset.
+MASKS_BY_POSITIONS = (
+    _sdpa_mask is not None and "cache_position" in inspect.signature(_sdpa_mask).parameters
 )
 
 
-@cache
-def model_class(file: str, name: str) -> type[nn.Module] | None:
-    """A class of `transformers.models.<file>`, or None where this version has none."""
-    try:
-        module = importlib.import_module(f"transformers.models.{file}")
-    except ImportError:
-        return None
-    found: type[nn.Module] | None = getattr(module, name, None)
-    return found
-
-
-@cache
 def has_registry() -> bool:
     """Whether attention and mask functions can be registered under a name of one's own."""
-    try:
-        from transformers import AttentionInterface  # noqa: F401
-        from transformers.masking_utils import AttentionMaskInterface  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return optional("masking_utils", "AttentionMaskInterface") is not None
 
 
 def takes_attention(model: type) -> bool:
@@ -84,20 +74,12 @@ def _own_attention(config: type) -> str | None:
     return None
 
 
-def masks_by_positions() -> bool:
-    """Whether mask functions get `cache_position`, not q_length and q_offset."""
-    from transformers.masking_utils import sdpa_mask
-
-    return "cache_position" in inspect.signature(sdpa_mask).parameters
-
-
 def by_positions(function: Callable[..., Any]) -> Callable[..., Any]:
     """A mask function of lengths and offsets as one of the queries' positions."""
-    from transformers.masking_utils import causal_mask_function
 
     def mask(*, cache_position: Tensor, **options: Any) -> Any:
         q_offset: Any = cache_position[0]
-        causal = options.get("mask_function") is causal_mask_function
+        causal = options.get("mask_function") is _causal_mask_function
         if causal and not torch.compiler.is_compiling():
             q_offset = int(q_offset)
         return function(
@@ -114,12 +96,8 @@ def whole_mask(
     q_length: int, q_offset: int | Tensor, device: torch.device | str, **options: Any
 ) -> Tensor:
     """transformers' own `sdpa_mask`, bool [B, 1, Sq, Sk]."""
-    from transformers.masking_utils import sdpa_mask
-
-    options["allow_is_causal_skip"] = False
-    if masks_by_positions():
-        positions = torch.arange(q_length, device=device) + q_offset
-        mask: Tensor = sdpa_mask(cache_position=positions, **options)
-        return mask
-    mask = sdpa_mask(q_length=q_length, q_offset=q_offset, device=device, **options)
+    queries: dict[str, Any] = {"q_length": q_length, "q_offset": q_offset, "device": device}
+    if MASKS_BY_POSITIONS:
+        queries = {"cache_position": torch.arange(q_length, device=device) + q_offset}
+    mask: Tensor = _sdpa_mask(allow_is_causal_skip=False, **queries, **options)
     return mask

@@ -6,7 +6,14 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from bertkern.integrations.transformers import bertkern_attention  # noqa: E402  (registers)
+from bertkern.integrations.transformers import (  # noqa: E402  (registers)
+    bertkern_attention,
+    bertkern_mask,
+)
+from bertkern.integrations.transformers_versions import (  # noqa: E402
+    by_positions,
+    takes_attention,
+)
 
 SMALL = {
     "vocab_size": 99,
@@ -157,6 +164,8 @@ def options_pair(name, head=""):
     family, options = OPTIONS[name]
     config_class = getattr(transformers, f"{family}Config")
     model_class = getattr(transformers, f"{family}{head or 'Model'}")
+    if not takes_attention(model_class):
+        pytest.skip(f"transformers {transformers.__version__}: {family}'s attention is its own")
     models = []
     for implementation in ("eager", "bertkern"):
         torch.manual_seed(0)
@@ -279,6 +288,24 @@ def test_packed_sequences_take_every_option():
     for part in (slice(0, 5), slice(5, 12)):
         alone, _ = bertkern_attention(module, *(t[:, :, part] for t in (q, k, v)), None, **options)
         torch.testing.assert_close(out[:, part], alone, atol=1e-6, rtol=1e-6)
+
+
+def test_masks_of_positions_are_masks_of_lengths():
+    """As transformers 5.0 asks for them."""
+    given = {}
+    mask = by_positions(lambda **options: given.update(options))
+    causal = transformers.masking_utils.causal_mask_function
+    mask(cache_position=torch.arange(3, 7), mask_function=causal, kv_length=9)
+    assert given.pop("device") == torch.device("cpu")
+    assert type(given["q_offset"]) is int
+    assert given == {"q_length": 4, "q_offset": 3, "mask_function": causal, "kv_length": 9}
+
+
+def test_a_model_whose_attention_is_its_own_is_refused():
+    """It would read lengths of keys, or no mask at all, as something else."""
+    assert transformers.MPNetModel.config_class is transformers.MPNetConfig
+    with pytest.raises(NotImplementedError, match=r"MPNet.* computes its attention itself"):
+        bertkern_mask(1, 3, 3, config=transformers.MPNetConfig())
 
 
 def test_what_would_be_ignored_is_refused():

@@ -200,6 +200,16 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         ("true",),
     ),
     Equivalent("Otherwise the sums are 0, or nobody reads them.", _GRADIENT, "all_keys", ("true",)),
+    *(
+        Equivalent(
+            "delta is then summed over out and dout instead of p and dp, the same sum but for "
+            "rounding; rows of one key are kept from that on their own.",
+            f"{folder}/attention_bwd_queries.cuh",
+            f"{own}end_tile - {own}first_tile == 1",
+            ("false",),
+        )
+        for folder, own in (("sm80", ""), ("sm90", "own."))
+    ),
     _one(_CHOSEN_ZERO, _KEYS, "s.high < 0", "s.high <= 0"),
     _one(_NOT_STORED, _QUERIES, "i < s.len_q", "true", "i <= s.len_q", source="rows[r].set("),
     _one(
