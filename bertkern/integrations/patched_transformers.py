@@ -1,7 +1,7 @@
 """Which modules of transformers `bertkern.patch` knows, and their attention.
 
     attention that asks transformers' registry        attn_implementation="bertkern"
-    attention of transformers 4                       patched_bert_layers.py
+    attention of transformers 4                       patched_attention.py
     layers of the BERT family                         patched_bert_layers.py
     masked-LM loss in training                        patched_masked_lm.py
 
@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import __version__ as version
 
+from . import patched_attention as attention
 from . import patched_bert_layers as layers
 from . import patched_masked_lm as losses
 from .patched_bert_layers import Part, cached, patched_class
@@ -37,7 +38,7 @@ _OWN_ATTENTION = "_bertkern_own_attention"
 # The method that is overridden, the class whose program it must be, and what overrides it, if it
 # knows everything that the program uses in this version.
 _KNOWN: tuple[tuple[str, str, type[Part]], ...] = (
-    ("forward", "bert.BertSelfAttention", layers.SelfAttention),
+    ("forward", "bert.BertSelfAttention", attention.SelfAttention),
     ("forward", "bert.BertSelfOutput", layers.ResidualNorm),
     ("forward", "bert.BertIntermediate", layers.LinearActivation),
     ("feed_forward_chunk", "bert.BertLayer", layers.FeedForwardLayer),
@@ -82,7 +83,7 @@ def replacement(module: nn.Module, model: nn.Module) -> type | str | None:
         it is none of the kinds above.
     """
     kind = _kind(type(module))
-    if kind is None or (kind is layers.RoutedAttention and not _projects(module)):
+    if kind is None or (kind is attention.RoutedAttention and not _projects(module)):
         return _unknown(module)
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
@@ -180,7 +181,7 @@ def _kind(own: type) -> type[Part] | None:
         program = _program(own, method)
         if program is not None and program == _program(known, method):
             return part
-    return layers.RoutedAttention if _calls_torch(own) else None
+    return attention.RoutedAttention if _calls_torch(own) else None
 
 
 @cached
