@@ -203,5 +203,5 @@ def test_decoding_chooses_by_name(make_run, monkeypatch):
     )
     decoding(run, [F32], "decode")
     decoding(run, [F32], "bert")
-    assert seen == [("transformer-mini decode", beams) for beams in (1, 1)]
+    assert seen == [("transformer-mini decode", 1)]  # a quick run has one search
     assert rows == []
