@@ -264,7 +264,8 @@ def install(version):
     print(f"installing transformers {version} in {folder(version).relative_to(ROOT)}", flush=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     *alone, client = VERSIONS[version]
-    for packages in (["--no-deps", f"transformers=={version}", *alone], [client]):
+    # transformers comes last: a folder that has it has all.
+    for packages in ([client], ["--no-deps", f"transformers=={version}", *alone]):
         subprocess.run([*pip, "--target", folder(version), *packages], check=True)
 
 
