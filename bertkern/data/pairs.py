@@ -210,7 +210,7 @@ def windows(
                 )
             yield plan.window(number) if made is None else made
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 _plan: EpochPlan  # of a worker process

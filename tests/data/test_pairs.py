@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -249,6 +250,17 @@ def test_a_dead_worker_is_told_of_and_nothing_is_lost(corpus, number):
     expected = list(windows(*arguments, window_tokens=300))
     assert len(rest) + 1 == len(expected) > 3
     assert all(map(np.array_equal, [first, *rest], expected))
+
+
+def test_windows_left_early_leave_no_process_and_no_thread(corpus):
+    """A pool that still ends while Python does can fail there, in a thread nobody waits for."""
+    threads, processes = threading.active_count(), len(multiprocessing.active_children())
+    left = windows(corpus, MaskingSettings(64), 1, 0, workers=2, window_tokens=2000)
+    next(left)
+    assert len(multiprocessing.active_children()) > processes
+    left.close()
+    assert len(multiprocessing.active_children()) == processes
+    assert threading.active_count() == threads
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
