@@ -233,7 +233,7 @@ def batches_of(name: str, device: torch.device, quick: bool) -> list[Batch]:
         return batches if quick else [*batches, batch_of([512] * 32)]
     if name == "mini":
         full = batch_of([128] * 4)
-        return [full] if quick else [full, batch_of([512]), batch_of(mixed_lengths(8, 128))]
+        return [full] if quick else [full, batch_of([512]), batch_of(mixed_lengths(4, 128))]
     return [batch_of([128] * 2)]
 
 
