@@ -1,9 +1,9 @@
 """The backend "cpu" of linear and ffn: torch's products and one pass of a kernel around them.
 
 The matrix products are torch's own (oneDNN, MKL or what torch is built with), but for those of at
-most FEW_ROWS rows in float32, as one sentence or a step of decoding has: there the extension's own
-is faster (docs/decisions.md says by how much). What stands around them, bias, activation, dropout,
-residual and column sums, is one pass of the extension.
+most FEW_ROWS rows in float32, as a sentence or two or a step of decoding have: there the
+extension's own is faster (docs/decisions.md says by how much). What stands around them, bias,
+activation, dropout, residual and column sums, is one pass of the extension.
 Functions, arguments and equations are those of `bertkern/reference/linear.py` and `ffn.py`.
 """
 
@@ -15,7 +15,7 @@ from bertkern import _C
 
 from ._cpu import DTYPES, address, dropout_options, dtype_or, parameter
 
-FEW_ROWS = 64
+FEW_ROWS = 256
 
 _ACTIVATIONS = {
     "": _C.Activation.NONE,

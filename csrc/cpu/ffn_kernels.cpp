@@ -158,6 +158,8 @@ const Kernels table = {
     layer_norm_bwd,
     bias_act_fwd,
     act_bwd,
+    linear_pack_scratch,
+    linear_pack,
     linear_fwd,
     cast_to_float,
     cast_from_float,

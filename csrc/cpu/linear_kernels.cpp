@@ -1,14 +1,20 @@
 // linear of few rows on the CPU, fp32: z = x wᵀ + bias, y = act(z). x [rows, depth],
 // w [cols, depth].
 //
-// Libraries' products pack w, which pays only where many rows read it. Here both x and w are read
-// as they lie, along the depth: a tile of kTileRows x kTileColumns elements of y has a vector of
-// sums each, which is folded at the end. So w comes from memory once, a block of its rows stays in
-// the second cache while all rows of x meet it, and a stretch of kDepth of a tile's rows in the
-// first.
+// Libraries' products pack w, which pays only where many rows read it. Here w is read as it lies,
+// once: a block of its rows stays in the second cache while all rows of x meet it. There are two
+// ways.
 //
-// Each element is the same sum in the same order, whatever rows and columns are computed beside it:
-// a stretch at a time, lane by lane.
+// Fewer rows than a panel has columns: x is read along the depth as well. A tile of kTileRows x
+// kTileColumns elements of y has a vector of sums each, which is folded at the end, and a stretch
+// of kDepth of a tile's rows stays in the first cache.
+//
+// More rows: x is packed into panels (gemm.h), and yᵀ = w xᵀ is computed by the micro-kernel that
+// reads its first factor by broadcasts. Nothing is folded, and a block of panels stays in the first
+// cache.
+//
+// The number of rows decides the way; in either each element is the same sum in the same order,
+// whatever rows and columns are computed beside it.
 //
 // Compiled once per instruction set (see params.h).
 #include "gemm.h"
@@ -27,6 +33,14 @@ constexpr int kTileColumns = 3;
 // At most 128 products are added up in a lane before the lanes are: the rounding error of one long
 // chain grows with its length.
 constexpr int64_t kDepth = kWidth < 8 ? 128 * kWidth : 1024;
+
+// Of a packed product: columns whose sums are kept while the depth goes by in blocks, and rows of x
+// whose panels they meet.
+constexpr int64_t kGroup = 12;
+constexpr int64_t kPackedRows = 64;
+constexpr int64_t kBlock = 256;
+constexpr int64_t kCacheLine = 64 / sizeof(float);
+static_assert(kGroup % kRows == 0 && kGroup % 4 == 0 && kPackedRows % kPanel == 0);
 
 // Lane i of the result is the sum of lanes i, i + 4, ... of v.
 BERTKERN_INLINE Quad fold(Vf v) {
@@ -111,6 +125,87 @@ void multiply_columns(const LinearArguments& a, int64_t first, int64_t last) {
   }
 }
 
+// c[kN, kPanel] = or += w[kN, depth] panel[depth, kPanel]. Meanwhile the rows of w that stand
+// `ahead` rows further are asked for; 0: none.
+template <int kN>
+BERTKERN_INLINE void multiply_panel(const float* w, int64_t w_row, const float* panel,
+                                    int64_t depth, int64_t ahead, float* c, bool add) {
+  Vf acc[kN][2];
+  for (int n = 0; n < kN; ++n) acc[n][0] = acc[n][1] = Vf{};
+  for (int64_t k = 0; k < depth; ++k) {
+    const Vf b0 = load(panel + k * kPanel);
+    const Vf b1 = load(panel + k * kPanel + kWidth);
+    if (ahead > 0 && k % kCacheLine == 0) {
+      // into the second cache: rows that a power of two lies between share few places of the first
+      for (int n = 0; n < kN; ++n) __builtin_prefetch(w + (n + ahead) * w_row + k, 0, 2);
+    }
+#pragma GCC unroll 12
+    for (int n = 0; n < kN; ++n) {
+      const float a = w[n * w_row + k];
+      acc[n][0] += a * b0;
+      acc[n][1] += a * b1;
+    }
+  }
+  for (int n = 0; n < kN; ++n) {
+    for (int j = 0; j < 2; ++j) {
+      float* to = c + n * kPanel + j * kWidth;
+      if (add) acc[n][j] += load(to);
+      store(to, acc[n][j]);
+    }
+  }
+}
+
+// y[rows, kGroup or cols] from c = yᵀ, whose panels of rows follow each other.
+void store_transposed(const float* c, int64_t rows, int64_t cols, float* y, int64_t y_row) {
+  for (int64_t m = 0; m < rows; m += 4) {
+    const float* panel = c + m / kPanel * (kGroup * kPanel) + m % kPanel;
+    for (int64_t n = 0; n < cols; n += 4) {
+      Quad q[4];
+      for (int i = 0; i < 4; ++i) std::memcpy(&q[i], panel + (n + i) * kPanel, sizeof(Quad));
+      transpose_quads(q[0], q[1], q[2], q[3]);
+      for (int64_t i = 0; i < 4 && m + i < rows; ++i) {
+        float* to = y + (m + i) * y_row + n;
+        if (cols - n >= 4) {
+          std::memcpy(to, &q[i], sizeof(Quad));
+        } else {
+          for (int64_t j = 0; j < cols - n; ++j) to[j] = q[i][j];
+        }
+      }
+    }
+  }
+}
+
+// Columns [first, last) of x wᵀ from the panels of x.
+void multiply_packed_columns(const LinearArguments& a, const float* panels, int64_t first,
+                             int64_t last) {
+  alignas(64) float c[kPackedRows * kGroup];
+  for (int64_t m = 0; m < a.rows; m += kPackedRows) {
+    const int64_t rows = std::min(kPackedRows, a.rows - m);
+    for (int64_t n = first; n < last; n += kGroup) {
+      const int64_t cols = std::min(kGroup, last - n);
+      for (int64_t k = 0; k < a.depth; k += kBlock) {
+        const int64_t depth = std::min(kBlock, a.depth - k);
+        const float* w = a.w + n * a.w_stride + k;
+        for (int64_t p = 0; p < rows; p += kPanel) {
+          const float* panel = panels + (m + p) * a.depth + k * kPanel;
+          const int64_t ahead = m == 0 && p == 0 && last - n > kGroup ? kGroup : 0;
+          float* to = c + p * kGroup;
+          int64_t done = 0;
+          for (; done + kRows <= cols; done += kRows) {
+            multiply_panel<kRows>(w + done * a.w_stride, a.w_stride, panel, depth, ahead,
+                                  to + done * kPanel, k > 0);
+          }
+          for (; done < cols; ++done) {
+            multiply_panel<1>(w + done * a.w_stride, a.w_stride, panel, depth, 0,
+                              to + done * kPanel, k > 0);
+          }
+        }
+      }
+      store_transposed(c, rows, cols, a.y + m * a.cols + n, a.cols);
+    }
+  }
+}
+
 template <Activation kActivation>
 void finish_columns(const LinearArguments& a, int64_t first, int64_t last) {
   for (int64_t row = 0; row < a.rows; ++row) {
@@ -128,8 +223,22 @@ void finish_columns(const LinearArguments& a, int64_t first, int64_t last) {
 
 }  // namespace
 
-void linear_fwd(const LinearArguments& a, int64_t first, int64_t last) {
-  multiply_columns(a, first, last);
+int64_t linear_pack_scratch(int64_t rows, int64_t depth) {
+  if (rows < kPanel) return 0;
+  return round_up(rows, kPanel) * depth + 4 * round_up(depth, kWidth);
+}
+
+void linear_pack(const LinearArguments& a, float* panels) {
+  float* zeros = panels + round_up(a.rows, kPanel) * a.depth;
+  pack_transposed(a.x, a.x_stride, a.rows, a.depth, panels, zeros);
+}
+
+void linear_fwd(const LinearArguments& a, const float* panels, int64_t first, int64_t last) {
+  if (panels != nullptr) {
+    multiply_packed_columns(a, panels, first, last);
+  } else {
+    multiply_columns(a, first, last);
+  }
   switch (a.activation) {
     case Activation::kGelu:
       return finish_columns<Activation::kGelu>(a, first, last);

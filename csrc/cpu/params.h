@@ -163,8 +163,11 @@ struct Kernels {
                          float* dbias, int64_t first, int64_t last, float* scratch);
   void (*bias_act_fwd)(const ActArguments&, const float* bias, int64_t first, int64_t last);
   void (*act_bwd)(const ActGradArguments&, float* dbias, int64_t first, int64_t last);
-  // Columns [first, last) of every row.
-  void (*linear_fwd)(const LinearArguments&, int64_t first, int64_t last);
+  // Floats that x takes as panels; 0: so few rows need none.
+  int64_t (*linear_pack_scratch)(int64_t rows, int64_t depth);
+  void (*linear_pack)(const LinearArguments&, float* panels);
+  // Columns [first, last) of every row. panels: what linear_pack wrote; null where none are needed.
+  void (*linear_fwd)(const LinearArguments&, const float* panels, int64_t first, int64_t last);
   // Casts between fp32 and `dtype`. The fp32 side has room for whole vectors: up to 15 floats more.
   void (*to_float)(const void* source, DType, float* target, int64_t count);
   void (*from_float)(const float* source, void* target, DType, int64_t count);

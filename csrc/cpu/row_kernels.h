@@ -96,6 +96,8 @@ void layer_norm_bwd(const NormGradArguments&, const float* weight, float* dweigh
                     int64_t first, int64_t last, float* scratch);
 void bias_act_fwd(const ActArguments&, const float* bias, int64_t first, int64_t last);
 void act_bwd(const ActGradArguments&, float* dbias, int64_t first, int64_t last);
-void linear_fwd(const LinearArguments&, int64_t first, int64_t last);
+int64_t linear_pack_scratch(int64_t rows, int64_t depth);
+void linear_pack(const LinearArguments&, float* panels);
+void linear_fwd(const LinearArguments&, const float* panels, int64_t first, int64_t last);
 
 }  // namespace bertkern::BERTKERN_ISA
