@@ -173,7 +173,8 @@ def windows(
     """The windows of an epoch in order; with workers, other processes make them ahead.
 
     Where a worker dies, this process makes the rest, after a warning: a signal to all processes of
-    a run, as schedulers send, must leave it able to save.
+    a run, as schedulers send, must leave it able to save. Closed early, it waits for the window
+    that is being made, so that no process and no thread outlives it.
     """
     arguments = corpus, settings, seed, epoch, window_tokens
     plan = EpochPlan(*arguments)

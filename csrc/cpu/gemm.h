@@ -28,13 +28,16 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// C[kRows, kPanel] = or += A[kRows, depth] B[depth, kPanel]. A(r, d) is a[r·row_step +
-// d·depth_step].
-template <bool kAccumulate>
+// C[kCount, kPanel] = or += A[kCount, depth] B[depth, kPanel]. A(r, d) is a[r·row_step +
+// d·depth_step]. Where A comes from memory, its rows that stand `ahead` rows further are asked for
+// meanwhile; 0: none.
+template <bool kAccumulate, int kCount = kRows>
 BERTKERN_INLINE void micro_kernel(const float* a, int64_t row_step, int64_t depth_step,
-                                  const float* panel, int64_t depth, float* c, int64_t c_row) {
-  Vf acc[kRows][2];
-  for (int r = 0; r < kRows; ++r) {
+                                  const float* panel, int64_t depth, float* c, int64_t c_row,
+                                  int64_t ahead = 0) {
+  constexpr int64_t kCacheLine = 64 / sizeof(float);
+  Vf acc[kCount][2];
+  for (int r = 0; r < kCount; ++r) {
     for (int j = 0; j < 2; ++j) {
       acc[r][j] = Vf{};
     }
@@ -43,14 +46,20 @@ BERTKERN_INLINE void micro_kernel(const float* a, int64_t row_step, int64_t dept
     const Vf b0 = load(panel + d * kPanel);
     const Vf b1 = load(panel + d * kPanel + kWidth);
     const float* a_column = a + d * depth_step;
+    if (ahead > 0 && d % kCacheLine == 0) {
+      // into the second cache: rows that a power of two lies between share few places of the first
+      for (int r = 0; r < kCount; ++r) {
+        __builtin_prefetch(a_column + (r + ahead) * row_step, 0, 2);
+      }
+    }
 #pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kCount; ++r) {
       const float x = a_column[r * row_step];
       acc[r][0] += x * b0;
       acc[r][1] += x * b1;
     }
   }
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kCount; ++r) {
     for (int j = 0; j < 2; ++j) {
       float* to = c + r * c_row + j * kWidth;
       // Added at the end, not the start: sums of many calls are sums of partial sums, and lose

@@ -9,9 +9,9 @@
 // kTileColumns elements of y has a vector of sums each, which is folded at the end, and a stretch
 // of kDepth of a tile's rows stays in the first cache.
 //
-// More rows: x is packed into panels (gemm.h), and yᵀ = w xᵀ is computed by the micro-kernel that
-// reads its first factor by broadcasts. Nothing is folded, and a block of panels stays in the first
-// cache.
+// More rows: x is packed into panels (gemm.h), and yᵀ = w xᵀ is computed by gemm.h's micro-kernel,
+// which reads its first factor by broadcasts. Nothing is folded, and a block of panels stays in the
+// first cache.
 //
 // The number of rows decides the way; in either each element is the same sum in the same order,
 // whatever rows and columns are computed beside it.
@@ -39,7 +39,6 @@ constexpr int64_t kDepth = kWidth < 8 ? 128 * kWidth : 1024;
 constexpr int64_t kGroup = 12;
 constexpr int64_t kPackedRows = 64;
 constexpr int64_t kBlock = 256;
-constexpr int64_t kCacheLine = 64 / sizeof(float);
 static_assert(kGroup % kRows == 0 && kGroup % 4 == 0 && kPackedRows % kPanel == 0);
 
 // Lane i of the result is the sum of lanes i, i + 4, ... of v.
@@ -125,36 +124,6 @@ void multiply_columns(const LinearArguments& a, int64_t first, int64_t last) {
   }
 }
 
-// c[kN, kPanel] = or += w[kN, depth] panel[depth, kPanel]. Meanwhile the rows of w that stand
-// `ahead` rows further are asked for; 0: none.
-template <int kN>
-BERTKERN_INLINE void multiply_panel(const float* w, int64_t w_row, const float* panel,
-                                    int64_t depth, int64_t ahead, float* c, bool add) {
-  Vf acc[kN][2];
-  for (int n = 0; n < kN; ++n) acc[n][0] = acc[n][1] = Vf{};
-  for (int64_t k = 0; k < depth; ++k) {
-    const Vf b0 = load(panel + k * kPanel);
-    const Vf b1 = load(panel + k * kPanel + kWidth);
-    if (ahead > 0 && k % kCacheLine == 0) {
-      // into the second cache: rows that a power of two lies between share few places of the first
-      for (int n = 0; n < kN; ++n) __builtin_prefetch(w + (n + ahead) * w_row + k, 0, 2);
-    }
-#pragma GCC unroll 12
-    for (int n = 0; n < kN; ++n) {
-      const float a = w[n * w_row + k];
-      acc[n][0] += a * b0;
-      acc[n][1] += a * b1;
-    }
-  }
-  for (int n = 0; n < kN; ++n) {
-    for (int j = 0; j < 2; ++j) {
-      float* to = c + n * kPanel + j * kWidth;
-      if (add) acc[n][j] += load(to);
-      store(to, acc[n][j]);
-    }
-  }
-}
-
 // y[rows, kGroup or cols] from c = yᵀ, whose panels of rows follow each other.
 void store_transposed(const float* c, int64_t rows, int64_t cols, float* y, int64_t y_row) {
   for (int64_t m = 0; m < rows; m += 4) {
@@ -183,6 +152,7 @@ void multiply_packed_columns(const LinearArguments& a, const float* panels, int6
     const int64_t rows = std::min(kPackedRows, a.rows - m);
     for (int64_t n = first; n < last; n += kGroup) {
       const int64_t cols = std::min(kGroup, last - n);
+      std::memset(c, 0, sizeof(c));
       for (int64_t k = 0; k < a.depth; k += kBlock) {
         const int64_t depth = std::min(kBlock, a.depth - k);
         const float* w = a.w + n * a.w_stride + k;
@@ -192,12 +162,12 @@ void multiply_packed_columns(const LinearArguments& a, const float* panels, int6
           float* to = c + p * kGroup;
           int64_t done = 0;
           for (; done + kRows <= cols; done += kRows) {
-            multiply_panel<kRows>(w + done * a.w_stride, a.w_stride, panel, depth, ahead,
-                                  to + done * kPanel, k > 0);
+            micro_kernel<true>(w + done * a.w_stride, a.w_stride, 1, panel, depth,
+                               to + done * kPanel, kPanel, ahead);
           }
           for (; done < cols; ++done) {
-            multiply_panel<1>(w + done * a.w_stride, a.w_stride, panel, depth, 0,
-                              to + done * kPanel, k > 0);
+            micro_kernel<true, 1>(w + done * a.w_stride, a.w_stride, 1, panel, depth,
+                                  to + done * kPanel, kPanel);
           }
         }
       }
@@ -225,12 +195,12 @@ void finish_columns(const LinearArguments& a, int64_t first, int64_t last) {
 
 int64_t linear_pack_scratch(int64_t rows, int64_t depth) {
   if (rows < kPanel) return 0;
-  return round_up(rows, kPanel) * depth + 4 * round_up(depth, kWidth);
+  return round_up(rows, kPanel) * depth + 4 * (depth + kWidth);
 }
 
 void linear_pack(const LinearArguments& a, float* panels) {
-  float* zeros = panels + round_up(a.rows, kPanel) * a.depth;
-  pack_transposed(a.x, a.x_stride, a.rows, a.depth, panels, zeros);
+  float* row_scratch = panels + round_up(a.rows, kPanel) * a.depth;
+  pack_transposed(a.x, a.x_stride, a.rows, a.depth, panels, row_scratch);
 }
 
 void linear_fwd(const LinearArguments& a, const float* panels, int64_t first, int64_t last) {
