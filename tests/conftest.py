@@ -15,11 +15,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import dtypes_in_turn
+import quick_interpreter
 from emulator import emulated
 
 from bertkern.ops import _backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    quick_interpreter.install()
 
 
 def pytest_configure(config) -> None:
