@@ -333,9 +333,9 @@ class Embeddings(Part):
         word = self.word_embeddings.weight
         return self.embed(ids, positions, None, word.new_zeros(1, word.shape[1]))
 
-    def positions(self, ids: Tensor, past_key_values_length: int = 0) -> Tensor:
-        """The positions of ids [B, S] where none are given."""
-        return self.position_ids[:, past_key_values_length:][:, : ids.shape[1]]
+    def positions(self, ids: Tensor, cached: int = 0) -> Tensor:
+        """The positions of ids [B, S] where none are given, after those of the cache."""
+        return self.position_ids[:, cached:][:, : ids.shape[1]]
 
 
 _EMBEDDING_CHILDREN: dict[str, tuple[type, ...]] = {
@@ -347,7 +347,8 @@ _EMBEDDING_CHILDREN: dict[str, tuple[type, ...]] = {
 
 
 class BertEmbeddings(Embeddings):
-    """Positions count from the length of the cache; without types, type 0."""
+    """Positions count from the length of the cache, which has another name from transformers 5.24
+    on; without types, type 0."""
 
     CHILDREN: ClassVar = {**_EMBEDDING_CHILDREN, "token_type_embeddings": (nn.Embedding,)}
     token_type_ids: Tensor
@@ -359,14 +360,16 @@ class BertEmbeddings(Embeddings):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values_length: int = 0,
+        cache_length: int = 0,
     ) -> Tensor:
         """Ids [B, S] -> [B, S, hidden]; inputs_embeds are left to the class's own forward."""
+        cached = past_key_values_length or cache_length
         if input_ids is None or inputs_embeds is not None or self.obstacle() is not None:
             given = (input_ids, token_type_ids, position_ids, inputs_embeds)
-            past = (past_key_values_length,) if past_key_values_length else ()  # ALBERT has none
+            past = (cached,) if cached else ()  # ALBERT has none
             return super().forward(*given, *past)
         if position_ids is None:
-            position_ids = self.positions(input_ids, past_key_values_length)
+            position_ids = self.positions(input_ids, cached)
         if token_type_ids is None and hasattr(self, "token_type_ids"):
             buffer = self.token_type_ids.to(position_ids.device)
             buffer = buffer.expand(position_ids.shape[0], -1)
@@ -382,11 +385,11 @@ class RobertaEmbeddings(BertEmbeddings):
     create_position_ids_from_input_ids: Callable[..., Tensor]  # a function in transformers 4
     create_position_ids_from_inputs_embeds: Callable[[Tensor], Tensor]
 
-    def positions(self, ids: Tensor, past_key_values_length: int = 0) -> Tensor:
-        """The positions of ids [B, S] where none are given."""
+    def positions(self, ids: Tensor, cached: int = 0) -> Tensor:
+        """The positions of ids [B, S] where none are given, after those of the cache."""
         name = "create_position_ids_from_input_ids"
         create: Any = getattr(self, name, None) or self.OWN.forward.__globals__[name]
-        positions: Tensor = create(ids, self.padding_idx, past_key_values_length)
+        positions: Tensor = create(ids, self.padding_idx, cached)
         return positions
 
 
@@ -422,12 +425,14 @@ class GenerationEmbeddings(Embeddings):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values_length: int = 0,
+        cache_length: int = 0,
     ) -> Tensor:
         """Ids [B, S] -> [B, S, hidden]; inputs_embeds are left to the class's own forward."""
+        cached = past_key_values_length or cache_length
         if input_ids is None or inputs_embeds is not None or self.obstacle() is not None:
-            return super().forward(input_ids, position_ids, inputs_embeds, past_key_values_length)
+            return super().forward(input_ids, position_ids, inputs_embeds, cached)
         if position_ids is None:
-            position_ids = self.positions(input_ids, past_key_values_length)
+            position_ids = self.positions(input_ids, cached)
         return self.embed_without_types(input_ids, position_ids)
 
 

@@ -82,9 +82,12 @@ def bertkern_mask(
         NotImplementedError: for a mask of neither two nor four dimensions, and for a model that
             does not ask for its attention by name, which would misread such masks.
     """
-    from transformers import masking_utils
-
-    from .transformers_versions import own_attention, whole_mask
+    from .transformers_versions import (
+        BIDIRECTIONAL_MASK_FUNCTION,
+        CAUSAL_MASK_FUNCTION,
+        own_attention,
+        whole_mask,
+    )
 
     model = None if config is None else own_attention(type(config))
     if model is not None:
@@ -97,14 +100,13 @@ def bertkern_mask(
             f"attn_implementation='{NAME}': attention_mask of shape {list(attention_mask.shape)} "
             "is not supported; [B, Sk] and [B, H or 1, Sq or 1, Sk] are"
         )
-    causal = masking_utils.causal_mask_function
-    if mask_function is causal:
+    if mask_function is CAUSAL_MASK_FUNCTION:
         # The op's causal attention counts from the last key, which must be the last query's.
         ends = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
         tokens_alone = ends and allow_is_causal_skip
     else:
-        both_ways = getattr(masking_utils, "bidirectional_mask_function", None)  # None: 4.57
-        tokens_alone = mask_function is both_ways and allow_is_bidirectional_skip
+        both_ways = mask_function is BIDIRECTIONAL_MASK_FUNCTION  # 4.57 has none
+        tokens_alone = both_ways and allow_is_bidirectional_skip
     if tokens_alone and not use_vmap:
         return _key_padding(attention_mask, kv_length, kv_offset)
     return whole_mask(
@@ -114,7 +116,7 @@ def bertkern_mask(
         batch_size=batch_size,
         kv_length=kv_length,
         kv_offset=kv_offset,
-        mask_function=causal if mask_function is None else mask_function,
+        mask_function=CAUSAL_MASK_FUNCTION if mask_function is None else mask_function,
         attention_mask=attention_mask,
         use_vmap=use_vmap,
     )

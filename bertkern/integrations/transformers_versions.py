@@ -36,7 +36,8 @@ GELU_TANH = [optional("activations", name) for name in (*_TANH, "AccurateGELUAct
 MASKED_LM_LOSS = optional("loss.loss_utils", "ForMaskedLMLoss")
 
 _sdpa_mask = optional("masking_utils", "sdpa_mask")
-_causal_mask_function = optional("masking_utils", "causal_mask_function")
+CAUSAL_MASK_FUNCTION = optional("masking_utils", "causal_mask_function")
+BIDIRECTIONAL_MASK_FUNCTION = optional("masking_utils", "bidirectional_mask_function")
 # Whether mask functions get `cache_position`, not q_length and q_offset.
 MASKS_BY_POSITIONS = (
     _sdpa_mask is not None and "cache_position" in inspect.signature(_sdpa_mask).parameters
@@ -79,7 +80,7 @@ def by_positions(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def mask(*, cache_position: Tensor, **options: Any) -> Any:
         q_offset: Any = cache_position[0]
-        causal = options.get("mask_function") is _causal_mask_function
+        causal = options.get("mask_function") is CAUSAL_MASK_FUNCTION
         if causal and not torch.compiler.is_compiling():
             q_offset = int(q_offset)
         return function(
