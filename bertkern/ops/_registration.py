@@ -28,6 +28,7 @@ from torch._C import (
 )
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import _profiler_enabled, forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function
 
@@ -217,14 +218,14 @@ def _apply(
     name: str, forward: Callable[..., Any], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
     """A call of `forward` as a node of the autograd graph."""
-    function = type(
-        f"{name}_autograd",
-        (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
-    )
     # Function.apply looks for active transforms first, which are dealt with here. Its base
     # class is the node alone.
-    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    function = type(
+        f"{name}_autograd",
+        (_SingleLevelFunction,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+    )
+    return function.apply  # type: ignore[attr-defined]
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
