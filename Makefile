@@ -22,7 +22,7 @@ NATIVE  := $(shell find csrc tests -type f \( -name '*.cpp' -o -name '*.h' -o -n
 
 help:
 	@echo "make demo      embed, search and pre-train on this machine; writes ./demo-output (<= 3 minutes once installed)"
-	@echo "make test      the tests (about half an hour on two cores once installed)"
+	@echo "make test      the tests (about a quarter of an hour on two cores once installed)"
 	@echo "make test-all  the tests with every dtype, 500 random cases of each op and all mutants, and every case of the benchmarks checked"
 	@echo "make mutants   run the tests on each deliberately wrong kernel; writes docs/mutants.md and docs/cuda-mutants.md"
 	@echo "make gate      compile every Triton kernel at every tuning row with the oldest and the newest Triton; writes docs/machine-code.md"

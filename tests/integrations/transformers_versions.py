@@ -30,6 +30,7 @@ VERSIONS = {  # and what each needs that the installed one does not bring
     "4.57.6": ("huggingface_hub==0.36.0", "tokenizers==0.22.2", "requests"),
     "5.0.0": ("huggingface_hub==1.3.0", "tokenizers==0.22.2", "httpx"),
     "5.10.0": ("huggingface_hub==1.33.0", "tokenizers==0.22.2", "httpx"),
+    "5.23.0": ("httpx",),
 }
 # Families whose attention a version computes in a way that is left as it is.
 LEFT = {
