@@ -5,6 +5,7 @@ first import of triton; so this file does it before anything of bertkern is impo
 """
 
 import contextlib
+import importlib.util
 import os
 import zlib
 
@@ -15,14 +16,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import dtypes_in_turn
-import quick_interpreter
 from emulator import emulated
 
 from bertkern.ops import _backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import quick_interpreter
+
     quick_interpreter.install()
 
 

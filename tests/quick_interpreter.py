@@ -6,11 +6,13 @@ an interpreted kernel goes to what Triton does again at each of them and what is
 - before each call of a device function, all members of `triton.language` are listed, to replace
   those that build IR by those that compute;
 - each tile's type checks the tile's shape and writes its own name;
-- each tile wraps its shape in constexprs.
+- each tile wraps its shape in constexprs;
+- each conversion makes the table of numpy's dtypes.
 
-Here each of these is done once for each shape or module. This is the one place of the tests that
-reaches into Triton's insides; tests/test_quick_interpreter.py compares with the interpreter as it
-is. BERTKERN_PLAIN_INTERPRETER=1 leaves that as it is.
+Here each of these is done once for each function, shape or dtype. This is the one place of the
+tests that reaches into Triton's insides, seen to work with Triton 3.6 to 3.8;
+tests/test_quick_interpreter.py compares with the interpreter as it is.
+BERTKERN_PLAIN_INTERPRETER=1 leaves that as it is.
 """
 
 import os

@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import quick_interpreter
 import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import quick_interpreter
 
 # Forward, gradients, dropout, a bias with its gradient; in a process of its own, since an
 # interpreter that was made quicker stays so.

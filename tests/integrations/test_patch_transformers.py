@@ -192,6 +192,20 @@ def test_embeddings_agree(name, given):
     assert_same_gradients(patched, plain, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["BertModel", "RobertaModel", "BertGenerationEncoder"])
+def test_positions_count_from_the_cache_by_either_name(name):
+    """transformers 5.24 calls `past_key_values_length` `cache_length`."""
+    plain, patched, _ = pair(name, BERT)
+    ids = batch("none")["input_ids"]
+    known = inspect.signature(plain.embeddings.forward).parameters
+    own = {n: 3 for n in ("past_key_values_length", "cache_length") if n in known}
+    assert len(own) == 1
+    expected = plain.embeddings(ids, **own)
+    assert not torch.equal(plain.embeddings(ids), expected)
+    for length in ("past_key_values_length", "cache_length"):
+        torch.testing.assert_close(patched.embeddings(ids, **{length: 3}), expected)
+
+
 def test_decoder_agrees():
     """Causal attention with a cache, and attention to a padded memory."""
     plain, patched, report = pair("BertLMHeadModel", is_decoder=True, add_cross_attention=True)
