@@ -7,6 +7,7 @@ they have in the whole batch, so n processes compute what one would.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,6 +26,9 @@ Value = TypeVar("Value")
 
 class Processes:
     """This process among those of the run.
+
+    The process group that is formed here is left when the program ends; one that was there before
+    stays its maker's.
 
     Args:
         device: where to compute. With several processes, a CUDA device without an index becomes
@@ -50,7 +54,10 @@ class Processes:
                     f"several processes need the package accelerate ({error}): "
                     "pip install 'bertkern[train]'"
                 ) from error
+            formed_here = not torch.distributed.is_initialized()
             state = PartialState(cpu=self.device.type == "cpu")
+            if formed_here:
+                atexit.register(_leave_gloo)
             self.index, self.count, self.device = (
                 state.process_index,
                 state.num_processes,
@@ -153,6 +160,17 @@ class Processes:
             return model.no_sync() if pending else nullcontext()
         model.set_requires_gradient_sync(not pending)  # type: ignore[operator]
         return nullcontext()
+
+
+def _leave_gloo() -> None:
+    """End a gloo group's threads before the interpreter goes.
+
+    One that still runs then may abort a process whose work is done ("terminate called without an
+    active exception"), and torchrun reports a failed run. NCCL's group ends with its process, and
+    leaving it could wait for processes that have died.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def divide(lengths: NDArray[np.int64], parts: int) -> Sequence[int]:

@@ -1,5 +1,6 @@
 """Two processes take the steps that one takes, data-parallel and sharded, dropout included."""
 
+import atexit
 import dataclasses
 import itertools
 import json
@@ -36,8 +37,15 @@ def torchrun(count, *arguments):
 def main(*runs):
     """What each process does: runs behind one another, as a program takes seconds to begin."""
     torch.set_num_threads(1)
+    atexit.register(note_the_group, Path(runs[0].split(",")[0]))  # runs after those of later
     for run in runs:
         one_run(*run.split(","))
+
+
+def note_the_group(folder):
+    """Write whether this program, all but gone, is in a process group still."""
+    rank = os.environ["RANK"]
+    (folder / f"group-of-{rank}").write_text(str(torch.distributed.is_initialized()))
 
 
 def one_run(folder, sharding, accumulate, steps, resume):
@@ -110,6 +118,12 @@ def test_two_processes_equal_one(plain, pairs, kind):
     assert json.loads((folder / "config.json").read_text())["architectures"] == [
         "BertForSequenceClassification"
     ]
+
+
+def test_a_program_that_ends_has_left_its_group(pairs):
+    """Threads of gloo that outlive the interpreter abort one finished run in twelve."""
+    for rank in (0, 1):
+        assert (pairs[KINDS[0]] / f"group-of-{rank}").read_text() == "False"
 
 
 def test_a_process_that_dies_ends_the_run_and_it_resumes(pairs, tmp_path):
