@@ -97,6 +97,7 @@ struct WarpgroupTile {
   static constexpr int kParts = kHeadDim / kSpan;
   static constexpr int kRowsBytes = kRows * kHeadDim * 2;
   static constexpr int kColumnsBytes = kColumns * kHeadDim * 2;
+  static constexpr bool kSquare = kRows == kColumns;
   // Of a thread, in steps of 8: at the start 64 K are shared out evenly; setmaxnreg moves them.
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kProducerRegisters = kProducerRegisters_;
@@ -111,16 +112,17 @@ struct WarpgroupTile {
 constexpr int kHopperSharedLimit = 227 * 1024;  // what a block can have on sm_90
 
 // By padded head dim (docs/roofline.md). Rows are queries (Fwd, BwdQueries) or keys (BwdShort,
-// BwdKeys). At 64 columns the tiles of BwdShort have two parts, so that each warpgroup has one of
-// dq, and the 128 x 128 scores of BwdKeys take 8 registers more, 16 of each thread of its producer.
+// BwdKeys); BwdShort with square tiles is attention_bwd_short.cuh's, else attention_bwd_keys.cuh's,
+// which has two parts at 64 columns, so that each warpgroup has one of dq. The 128 x 128 scores of
+// BwdKeys take 8 registers more, 16 of each thread of its producer.
 template <int kHeadDim>
 struct HopperAttentionTiles;
 template <>
 struct HopperAttentionTiles<32> {
   using Fwd = WarpgroupTile<32, 2, 128, 4>;
   using FwdGeneral = Fwd;
-  using BwdShort = WarpgroupTile<32, 2, 64, 2>;
-  using BwdShortGeneral = BwdShort;
+  using BwdShort = WarpgroupTile<32, 2, 128, 2>;
+  using BwdShortGeneral = WarpgroupTile<32, 2, 64, 2>;
   using BwdKeys = WarpgroupTile<32, 2, 128, 2>;
   using BwdQueries = WarpgroupTile<32, 2, 128, 2>;
   using BwdQueriesGeneral = WarpgroupTile<32, 2, 64, 2>;
@@ -129,8 +131,8 @@ template <>
 struct HopperAttentionTiles<64> {
   using Fwd = WarpgroupTile<64, 2, 128, 4>;
   using FwdGeneral = WarpgroupTile<64, 2, 64, 8>;  // 128 keys would spill
-  using BwdShort = WarpgroupTile<64, 2, 64, 2, Swizzle::k64>;
-  using BwdShortGeneral = BwdShort;
+  using BwdShort = WarpgroupTile<64, 2, 128, 2>;
+  using BwdShortGeneral = WarpgroupTile<64, 2, 64, 2, Swizzle::k64>;
   using BwdKeys = WarpgroupTile<64, 2, 128, 2, Swizzle::k128, 24>;
   using BwdQueries = WarpgroupTile<64, 2, 128, 2>;
   using BwdQueriesGeneral = WarpgroupTile<64, 2, 64, 2>;

@@ -137,7 +137,7 @@ void attention_bwd(const AttentionKernelArguments& a, DType dtype, int device, v
     using T = decltype(type);
     using Tiles = decltype(tiles);
     if (capability(device) == 90 && attention_bwd_suits_sm90(a)) {
-      attention_bwd_sm90(a, dtype, stream);
+      attention_bwd_sm90(a, dtype, multiprocessors(device), stream);
     } else {
       with_variant(
           a, [&](auto variant) { launch_bwd<T, Tiles, decltype(variant)::value>(a, stream); });

@@ -11,6 +11,7 @@
 #include "cuda/launch.h"
 #include "cuda/sm90/attention_bwd_keys.cuh"
 #include "cuda/sm90/attention_bwd_queries.cuh"
+#include "cuda/sm90/attention_bwd_short.cuh"
 
 namespace bertkern::cuda {
 namespace {
@@ -43,10 +44,26 @@ void launch_keys(const AttentionKernelArguments& a, DType dtype, int64_t sequenc
          arguments, stream, what);
 }
 
+// Of so many sequences, whose keys are those of a tile at the most.
+template <typename T, typename Tile, AttentionVariant kVariant>
+void launch_short(const AttentionKernelArguments& a, DType dtype, int64_t sequences,
+                  int multiprocessors, void* stream) {
+  constexpr const char* kWhat = "attention_bwd_short";
+  if constexpr (Tile::kSquare && kVariant != AttentionVariant::kGeneral) {
+    launch(sm90::attention_bwd_short_kernel<T, Tile, kVariant>,
+           {std::min<int64_t>(multiprocessors, a.key_heads * sequences), Tile::kThreads,
+            sm90::BwdShortMemory<Tile>::kBytes},
+           with_maps<Tile>(a, dtype, Tile::kRows, Tile::kRows), stream, kWhat);
+  } else {
+    launch_keys<T, Tile, kVariant, true>(a, dtype, sequences, stream, kWhat);
+  }
+}
+
 // Which kernel computes a sequence follows from its own number of keys. Where that differs within a
 // batch both are launched, each leaving out the sequences of the other. a.order is that by queries.
 template <typename T, typename Tiles, AttentionVariant kVariant>
-void launch_bwd(AttentionKernelArguments a, int32_t* order_by_keys, DType dtype, void* stream) {
+void launch_bwd(AttentionKernelArguments a, int32_t* order_by_keys, DType dtype,
+                int multiprocessors, void* stream) {
   constexpr bool kGeneral = kVariant == AttentionVariant::kGeneral;
   using Short =
       std::conditional_t<kGeneral, typename Tiles::BwdShortGeneral, typename Tiles::BwdShort>;
@@ -62,8 +79,7 @@ void launch_bwd(AttentionKernelArguments a, int32_t* order_by_keys, DType dtype,
     if ((own_lengths || !some_long) && its_sequences > 0) {
       AttentionKernelArguments part = a;
       part.most_keys = Short::kRows;
-      launch_keys<T, Short, kVariant, true>(part, dtype, its_sequences, stream,
-                                            "attention_bwd_short");
+      launch_short<T, Short, kVariant>(part, dtype, its_sequences, multiprocessors, stream);
     }
     a.least_keys = Short::kRows + 1;
   }
@@ -86,7 +102,8 @@ bool attention_bwd_suits_sm90(const AttentionKernelArguments& a) {
          reached(key_rows(a, "v", a.v)) && reached(query_rows(a, "dout", a.dout));
 }
 
-void attention_bwd_sm90(const AttentionKernelArguments& given, DType dtype, void* stream) {
+void attention_bwd_sm90(const AttentionKernelArguments& given, DType dtype, int multiprocessors,
+                        void* stream) {
   // Blocks that own keys walk over queries, and the other way round.
   AttentionKernelArguments a = given;
   a.order = order_sequences(a.cu_seqlens_q, a.batch, given.order, stream);
@@ -97,7 +114,7 @@ void attention_bwd_sm90(const AttentionKernelArguments& given, DType dtype, void
     using T = decltype(type);
     using Tiles = typename decltype(tiles)::Hopper;
     with_variant(a, [&](auto variant) {
-      launch_bwd<T, Tiles, decltype(variant)::value>(a, by_keys, dtype, stream);
+      launch_bwd<T, Tiles, decltype(variant)::value>(a, by_keys, dtype, multiprocessors, stream);
     });
   });
 }

@@ -260,16 +260,27 @@ BERTKERN_DEVICE float max_of_row(float x) {
   return ptx::max(x, ptx::shuffle_xor(x, 2));
 }
 
-// Zeros in rows [first, end) of a matrix, shared by the blocks `block` of `blocks`.
+// Zeros in rows [first, end) of a matrix: the share of thread `thread` of `threads`, which are at
+// least as many as a row has chunks.
+template <typename T>
+BERTKERN_DEVICE void zero_share(T* rows, int64_t stride, int64_t first, int64_t end, int width,
+                                int64_t thread, int64_t threads) {
+  const int chunks = width / 8;
+  const int64_t at_once = threads / chunks, row = thread / chunks;
+  if (row >= at_once) return;
+  const int64_t column = thread % chunks * 8;
+  for (int64_t i = first + row; i < end; i += at_once) {
+    ptx::store_global_16(rows + i * stride + column, {{0, 0, 0, 0}});
+  }
+}
+
+// The same by all threads of the blocks `block` of `blocks`.
 template <typename T, int kThreads>
 BERTKERN_DEVICE void zero_rows(T* rows, int64_t stride, int64_t first, int64_t end, int width,
                                int block, int blocks) {
-  const int chunks = width / 8;
-  const int64_t step = static_cast<int64_t>(blocks) * kThreads;
-  for (int64_t at = static_cast<int64_t>(block) * kThreads + ptx::thread_index();
-       at < (end - first) * chunks; at += step) {
-    ptx::store_global_16(rows + (first + at / chunks) * stride + at % chunks * 8, {{0, 0, 0, 0}});
-  }
+  zero_share(rows, stride, first, end, width,
+             static_cast<int64_t>(block) * kThreads + ptx::thread_index(),
+             static_cast<int64_t>(blocks) * kThreads);
 }
 
 }  // namespace bertkern::cuda

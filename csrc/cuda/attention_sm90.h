@@ -20,7 +20,8 @@ void attention_fwd_sm90(const AttentionKernelArguments& arguments, DType dtype, 
 // where there is nothing to put in order: no varlen, or one sequence.
 int32_t* order_sequences(const int32_t* cu_seqlens, int batch, int32_t* order, void* stream);
 
-// As attention_bwd but for dbias, on the current device.
-void attention_bwd_sm90(const AttentionKernelArguments& arguments, DType dtype, void* stream);
+// As attention_bwd but for dbias, on the current device, of which `multiprocessors` are to be used.
+void attention_bwd_sm90(const AttentionKernelArguments& arguments, DType dtype, int multiprocessors,
+                        void* stream);
 
 }  // namespace bertkern::cuda

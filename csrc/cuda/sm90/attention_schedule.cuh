@@ -21,6 +21,12 @@ struct AttentionSchedule {
   int pairs;
 };
 
+// The number that a block takes in a round.
+BERTKERN_DEVICE int number_in_round(int round) {
+  const int blocks = ptx::block_count(), block = ptx::block_index();
+  return round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+}
+
 // The tiles of a block in turn; its functions are called by all lanes of one warp.
 template <int kRows, int kKeys>
 class QueryTiles {
@@ -30,9 +36,7 @@ class QueryTiles {
 
   // Whether there is one more, and which.
   BERTKERN_DEVICE bool next(QueryTile& tile) {
-    const int blocks = ptx::block_count(), block = ptx::block_index();
-    const int number = round_ * blocks + (round_ % 2 == 0 ? block : blocks - 1 - block);
-    ++round_;
+    const int number = number_in_round(round_++);
     return a_.cu_seqlens_q == nullptr ? batched(number, tile) : varlen(number, tile);
   }
 

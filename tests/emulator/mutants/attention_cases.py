@@ -1,6 +1,5 @@
 """Cases of attention. The table of the mutants' tiles makes 32 keys at D <= 64, and 80 at D <= 96,
-those of one tile in the backward, on Hopper 64 and, without options, 128 (and 64 at D <= 128); the
-others walk over tiles of 32 and 16. The file is long because it ends in one table, whose cases
+those of one tile in the backward, on Hopper 64 and, without options, 128 at D > 64; the others walk over tiles of 32 and 16. The file is long because it ends in one table, whose cases
 share how they are drawn and poisoned."""
 
 import math
@@ -465,6 +464,7 @@ CASES: tuple[
     # Queries that see nothing, with NaN in q and dout: before the first key, one alone, behind the
     # last key, one alone there.
     lambda: batched("causal, left padding", 15, 66, 66, causal=True, holes=True),
+    lambda: batched("short, causal, left padding", 35, 40, 40, causal=True, holes=True),
     lambda: batched("causal, one query too many", 16, 46, 45, causal=True),
     lambda: batched("short, causal, one query too many", 17, 32, 31, causal=True),
     lambda: batched("window, lengths", 18, 80, 80, window=(11, -1), lengths=[68, 40]),
@@ -517,6 +517,7 @@ CASES: tuple[
         causal=True,
         dropout=True,
     ),
+    lambda: varlen("varlen, keys that fill a tile", 36, [(30, 64), (5, 3)], (9, 11)),
     lambda: varlen("varlen, 32 sequences", 30, [(1, 2)] * 32, (1, 1), heads=(1, 1)),
     lambda: LongestFirst(129),
     lambda: LongestFirst(127),  # the last thread has no length

@@ -91,7 +91,9 @@ _FWD, _SCORE = "sm80/attention_fwd.cuh", "attention_score.cuh"
 _GRADIENT = "attention_gradient.cuh"
 _KERNELS, _BACKWARD = "sm80/attention", "sm80/attention_bwd"
 _HOPPER_BACKWARD = "sm90/attention_bwd"
-_HOPPER_QUERIES, _HOPPER_KEYS = (f"sm90/attention_bwd_{x}.cuh" for x in ("queries", "keys"))
+_HOPPER_QUERIES, _HOPPER_KEYS, _HOPPER_SHORT = (
+    f"sm90/attention_bwd_{x}.cuh" for x in ("queries", "keys", "short")
+)
 _PIPELINE = "sm90/pipeline.cuh"
 _HOPPER_FWD, _SCHEDULE, _SOFTMAX = (
     f"sm90/attention_{x}.cuh" for x in ("fwd", "schedule", "softmax")
@@ -337,6 +339,50 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "waited for these.",
         _HOPPER_QUERIES,
         "ptx::named_barrier_sync(kConsumersBarrier, 128 * Tile::kWarpgroups);",
+    ),
+    _one(_TWICE, _HOPPER_SHORT, "s.len_k <= a.most_keys", "true"),
+    _one(_TWICE, _HOPPER_SHORT, "a.seqlen_k <= Tile::kRows", "true"),
+    _one(_CLEARED, _HOPPER_SHORT, "s.high < 0", "s.high <= 0"),
+    _one(_CLEARED, _HOPPER_SHORT, "a.cu_seqlens_q != nullptr", "true", source="first_q"),
+    _one(
+        _CLEARED,
+        _HOPPER_SHORT,
+        "first_q + Tile::kRows > s.len_q",
+        "true",
+        "first_q + Tile::kRows >= s.len_q",
+    ),
+    _one(
+        _SAME_GROUP,
+        _HOPPER_SHORT,
+        "static_cast<uint32_t>(first_row + g)",
+        "static_cast<uint32_t>(first_row + g) ^ 8u",
+    ),
+    _one(
+        "The last query is read where it is, or in its place.",
+        _HOPPER_SHORT,
+        "i < s.len_q",
+        "i + 1 < s.len_q",
+        source="const int inside",
+    ),
+    _one(
+        "A tile with rows behind the last query is not whole: their scores are chosen 0.",
+        _HOPPER_SHORT,
+        "i < s.len_q",
+        "true",
+        "i <= s.len_q",
+        source="rows.set(half",
+    ),
+    _one(
+        _MASKED_ANYWAY,
+        _HOPPER_SHORT,
+        "step.first_q + Tile::kRows <= s.len_q",
+        "step.first_q + Tile::kRows < s.len_q",
+    ),
+    _one(
+        _MASKED_ANYWAY,
+        _HOPPER_SHORT,
+        "sees_all(s, kept, step.first_q, step.first_q + Tile::kRows, 0, kKeys)",
+        "false",
     ),
     # Hopper, forward.
     _one(_CLEARED, _PIPELINE, "end_k > len_k", "true", "end_k >= len_k"),

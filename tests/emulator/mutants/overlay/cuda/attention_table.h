@@ -18,15 +18,16 @@ namespace bertkern::cuda {
 // Of Hopper's kernels, all by 32 keys or queries:
 //
 //   64   two warpgroups that take turns forward, one with options; in the backward one warpgroup,
-//        64 keys that are all of a sequence's, and more
+//        64 keys that are all of a sequence's, by square tiles (and otherwise with options), and
+//        more
 //   96   one warpgroup forward, two with options; in the backward two that share three parts of dq,
 //        up to 128 keys; with options any number of keys, as more of them
-//   128  q is read from shared memory forward
+//   128  q is read from shared memory forward; square tiles of two warpgroups backward
 struct SmallHopperTiles64 {
   using Fwd = WarpgroupTile<64, 2, 32, 2>;
   using FwdGeneral = WarpgroupTile<64, 1, 32, 2>;
-  using BwdShort = WarpgroupTile<64, 1, 64, 2, Swizzle::k64>;
-  using BwdShortGeneral = BwdShort;
+  using BwdShort = WarpgroupTile<64, 1, 64, 2>;
+  using BwdShortGeneral = WarpgroupTile<64, 1, 64, 2, Swizzle::k64>;
   using BwdKeys = WarpgroupTile<64, 1, 32, 2>;
   using BwdQueries = WarpgroupTile<64, 1, 32, 2>;
   using BwdQueriesGeneral = BwdQueries;
@@ -44,7 +45,7 @@ struct SmallHopperTiles96 {
 struct SmallHopperTiles128 {
   using Fwd = WarpgroupTile<128, 1, 32, 2>;
   using FwdGeneral = Fwd;
-  using BwdShort = WarpgroupTile<128, 1, 64, 2>;
+  using BwdShort = WarpgroupTile<128, 2, 128, 1>;
   using BwdShortGeneral = void;
   using BwdKeys = WarpgroupTile<128, 1, 32, 2>;
   using BwdQueries = WarpgroupTile<128, 1, 32, 2>;
