@@ -46,6 +46,14 @@ BACKWARD = (
     ("ds to shared memory", 0.2, 0),
     ("descriptors of the products, barriers, loop", 0.8, 0.1),
 )
+# More of it where a warp's rows are queries (attention_bwd_short.cuh), at S = 128: delta is a sum
+# over the row, p goes to shared memory as well, and each tile's dq, dk and dv are scaled, rounded
+# and stored, 3 d / 128 elements a score.
+SHORT = (
+    ("p dp, summed", 1, 0),
+    ("p to shared memory", 0.2, 0),
+)
+STORED = 3 * (1 + 0.5 + 0.2)  # slots for d / 128: scale, round and pack two, through shared memory
 # The hash of four scores and what is made of it (csrc/cuda/attention_score.cuh).
 DROPOUT = (
     ("state of four scores", 1.5, 1.25),
@@ -116,6 +124,26 @@ def backward(d: int, dropout: bool = False) -> Work:
     )
 
 
+def short(d: int, dropout: bool = False) -> Work:
+    """A score of the backward of S = 128 in one launch: a warpgroup has 64 queries by all keys for
+    scores, dp and dq, and 64 keys for dk and dv."""
+    issue, alu = slots(BACKWARD + SHORT + (DROPOUT if dropout else ()))
+    selects = BACKWARD_SELECTS if dropout else 0
+    issue += selects + STORED * d / 128
+    alu += selects
+    # A warpgroup: q and k, dout and v; p and ds written; k for dq, ds in registers; p and dout, ds
+    # and q. The copies of all four, and what is stored passes through twice.
+    products = 2 * (64 * d + 128 * d) + 128 * d + 2 * (128 * 64 + 128 * d)
+    moved = 2 * 2 * (products + 2 * 128 * 64) + 2 * 4 * 128 * d + 2 * 2 * 3 * 128 * d
+    return Work(
+        10 * d / FLOPS,
+        1 / EXPONENTIALS,
+        issue / SLOTS,
+        alu / ALU,
+        moved / SHARED / (128 * 128),
+    )
+
+
 def floors(work: Work, length: int, d: int, tensors: int, flops: int) -> tuple[float, float, float]:
     """(µs of memory, µs of the busiest unit, TFLOP/s that the longer of them allows)."""
     heads = HIDDEN // d
@@ -134,8 +162,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def units() -> str:
     """Clocks of each unit for a tile of 128 x 128 scores."""
     rows = []
-    for name, function in (("forward", forward), ("backward", backward)):
-        for d in HEAD_DIMS:
+    functions = (("forward", forward), ("backward", backward), ("short backward", short))
+    for name, function in functions:
+        for d in HEAD_DIMS[:2] if function is short else HEAD_DIMS:
             for dropout in (False, True):
                 work = function(d, dropout)
                 label = f"{name}, d = {d}" + (", dropout" if dropout else "")
@@ -208,14 +237,13 @@ def side_by_side() -> str:
         if kernel is None or len(cells) != len(header) or kernel[3] == "general":
             continue
         row = dict(zip(header, cells, strict=True))
-        short = {", true": "attention_bwd_short"}.get(kernel[4], kernel[1])
-        of_forward = short == "attention_fwd"
-        work = (forward if of_forward else backward)(int(kernel[2]), kernel[3] == "dropout")
+        name = {", true": "attention_bwd_short"}.get(kernel[4], kernel[1])
+        papers = {"attention_fwd": forward, "attention_bwd_short": backward}
+        count = short if kernel[1] == "attention_bwd_short" else papers.get(name)
+        work = count and count(int(kernel[2]), kernel[3] == "dropout")
+        paper = f"{work.issue * SLOTS:.2f}" if work else ""
         besides = float(row["slots"]) - float(row["tensor"])
-        paper = (
-            f"{work.issue * SLOTS:.2f}" if short in ("attention_fwd", "attention_bwd_short") else ""
-        )
-        cells = [short.removeprefix("attention_"), kernel[2], kernel[3], paper, f"{besides:.2f}"]
+        cells = [name.removeprefix("attention_"), kernel[2], kernel[3], paper, f"{besides:.2f}"]
         found.append([*cells, row["tensor"], *(row[column] for column in columns)])
     order = {"fwd": 0, "bwd_short": 1, "bwd_queries": 2, "bwd_keys": 3}
     found.sort(key=lambda cells: (order[cells[0]], int(cells[1]), cells[2] != "plain"))

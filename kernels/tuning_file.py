@@ -1,9 +1,11 @@
-"""The user's own rows of the tuning table: where `bertkern tune` stores them and how they are read.
+"""What `bertkern tune` measured on the user's GPU, tiles of the tuning table and backends of
+attention: where it stores them and how they are read.
 
 One JSON file for each GPU model and Triton version:
 
     {"bertkern": "0.1.0", "gpu": "NVIDIA ...", "triton": "3.7.1",
-     "rows": {"attention/fwd/2/sm90/64": {"tile": [128, 128, 8, 3], ...}, ...}}
+     "rows": {"attention/fwd/2/sm90/64": {"tile": [128, 128, 8, 3], ...},
+              "attention_fwd/2/64": {"backend": "cuda", ...}, ...}}
 
 It is written whole and then renamed, so a reader never sees half of one. A file that cannot be
 read, or that another version of bertkern measured (its kernels were others), is warned about once
@@ -55,7 +57,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
         stored = json.loads(path.read_text(encoding="utf-8"))
         rows, measured_by = stored["rows"], stored["bertkern"]
         for row in rows.values():
-            row["tile"]
+            chosen(row)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -75,6 +77,11 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return rows
 
 
+def chosen(row: dict[str, Any]) -> Any:
+    """What a row holds: the numbers of a tile, or the name of a backend."""
+    return row["backend"] if "backend" in row else row["tile"]
+
+
 def write(path: Path, gpu: str, rows: dict[str, dict[str, Any]]) -> None:
     """Store the rows in place of the file, in one step."""
     about = {"bertkern": __version__, "gpu": gpu, "triton": triton.__version__, "rows": rows}
@@ -89,8 +96,8 @@ def write(path: Path, gpu: str, rows: dict[str, dict[str, Any]]) -> None:
 
 @functools.cache
 def rows_of_this_gpu() -> dict[str, Any]:
-    """The numbers of each row that was measured on this machine's GPU, read once a process."""
+    """What each row holds that was measured on this machine's GPU, read once a process."""
     gpu = gpu_name()
     if gpu is None:
         return {}
-    return {key: row["tile"] for key, row in read(path_of(gpu)).items()}
+    return {key: chosen(row) for key, row in read(path_of(gpu)).items()}

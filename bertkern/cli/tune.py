@@ -1,7 +1,9 @@
-"""bertkern tune: measures tile sizes on this machine's GPU and keeps what is faster."""
+"""bertkern tune: measures tile sizes, and backends of attention, on this machine's GPU and keeps
+what is faster."""
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,8 +36,10 @@ def tune(
     """Measure tile sizes on this machine's GPU and keep those that are faster than the shipped.
 
     A few tiles around each shipped one are timed; the winners go to a file in the cache folder
-    (BERTKERN_CACHE, else XDG_CACHE_HOME/bertkern, else ~/.cache/bertkern), which the Triton kernels
-    read at their first call. Some seconds a tile, most of it compiling. Ctrl-C keeps what is there.
+    (BERTKERN_CACHE, else XDG_CACHE_HOME/bertkern, else ~/.cache/bertkern), which the ops read at
+    their first call. Then attention in 16 bits is timed with Triton's kernels and with the compiled
+    CUDA ones, and each pass and head dim goes to the faster of the two. Some seconds a tile, most
+    of it compiling. Ctrl-C keeps what is there.
 
     Example: bertkern tune --op attention --bits 16 --head-dim 64
     """
@@ -70,7 +74,7 @@ def _show(files: list[Path]) -> None:
         out.print(str(path), markup=False, soft_wrap=True)
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-            table = Table("row", "tile", "µs", "shipped", "µs", "measured")
+            table = Table("row", "chosen", "µs", "instead of", "µs", "measured")
             for key, row in rows.items():
                 table.add_row(key, *map(_text, _numbers(row)))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -79,8 +83,11 @@ def _show(files: list[Path]) -> None:
 
 
 def _numbers(row: dict[str, Any]) -> tuple[Any, ...]:
-    names = ("tile", "microseconds", "shipped", "shipped_microseconds", "date")
-    return tuple(row[name] for name in names)
+    from bertkern.kernels import tuning_file
+
+    loser = "other" if "backend" in row else "shipped"
+    names = ("microseconds", loser, f"{loser}_microseconds", "date")
+    return tuning_file.chosen(row), *(row[name] for name in names)
 
 
 def _text(value: Any) -> str:
@@ -111,3 +118,27 @@ def _tune(ops: tuple[str, ...], itemsize: int, limit: int, device: "torch.device
             soft_wrap=True,
         )
     err.print(f"{wins} of {len(chosen)} rows are faster with another tile", markup=False)
+    if "attention" in ops:
+        _choose_backends(itemsize, limit, device, stored, store)
+
+
+def _choose_backends(
+    itemsize: int,
+    limit: int,
+    device: "torch.device",
+    stored: dict[str, Any],
+    store: Callable[[], None],
+) -> None:
+    from bertkern.ops import _tuning
+
+    measure = _tuning.BackendsOnGpu(device)
+    for direction, head_dim in _tuning.backend_rows(itemsize, limit, device):
+        # Said before: a kernel that hangs is then known.
+        err.print(f"attention_{direction}, head dim {head_dim}: triton and cuda", markup=False)
+        for choice in _tuning.choose_backends([(direction, head_dim)], measure, stored, store):
+            cuda = choice.refused or f"{choice.cuda_us:.1f} µs"
+            out.print(
+                f"{choice.row}: {choice.backend} (triton {choice.triton_us:.1f} µs, cuda {cuda})",
+                markup=False,
+                soft_wrap=True,
+            )

@@ -4,7 +4,8 @@ choice.
 Backends: "cuda" (compiled kernels), "triton", "cpu" (compiled kernels), "reference" (plain
 PyTorch). Every backend has functions of the same names and arguments (see `bertkern/reference/`).
 Nothing here depends on batch size or lengths: the same sequence is computed by the same kernel in
-every batch. float64 is always the reference formula.
+every batch. float64 is always the reference formula. Where two backends can compute attention on a
+GPU, the faster one by head dim and pass is first if `bertkern tune` measured it there.
 """
 
 import functools
@@ -229,7 +230,7 @@ def _aligned(tensors: tuple[Tensor, ...]) -> bool:
 
 @functools.cache
 def _slower(name: str, op: str, device: torch.device) -> bool:
-    """Whether the next backend is asked first on this device.
+    """Whether the next backend is asked first on this device, unless it was measured there.
 
     From compute capability 9 on attention is Triton's until the CUDA kernels for Hopper, which are
     asynchronous by hand, have passed the tests on such a device (docs/decisions.md).
@@ -237,6 +238,26 @@ def _slower(name: str, op: str, device: torch.device) -> bool:
     if name != "cuda" or op != "attention" or device.type != "cuda":
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+MEASURED_HEAD_DIMS = (32, 64, 96, 128)  # a smaller one is computed as the next of these
+
+
+def measured_row(function: str, head_dim: int) -> str:
+    """The row of the user's tuning file that holds the backend of a 16-bit pass of attention."""
+    return f"{function}/2/{next(d for d in MEASURED_HEAD_DIMS if head_dim <= d)}"
+
+
+def _measured(function: str, head_dim: int) -> str | None:
+    """The backend that `bertkern tune` found faster on this machine's GPU; None: not measured."""
+    tuning_file = importlib.import_module("bertkern.kernels.tuning_file")
+    name = tuning_file.rows_of_this_gpu().get(measured_row(function, head_dim))
+    return name if name in ("cuda", "triton") else None
+
+
+def forget_choices() -> None:
+    """Choose anew at each op's next call: what is measured has changed."""
+    _choose.cache_clear()
 
 
 @functools.lru_cache(maxsize=4096)  # the rules cost more host time than the rest of an op's call
@@ -260,11 +281,12 @@ def _choose(
                 f"backend={forced!r} cannot compute {op} on {device.type} in {dtype}: {reason}"
             )
         return _function(forced, op, function)
-    first, *others = (
+    able = [
         name
         for name in _PREFERENCE.get(device.type, ("reference",))
         if cannot(name, op, dtype, device, head_dim, columns, aligned) is None
-    )
-    if _slower(first, op, device) and others[0] != "reference":
-        first = others[0]
+    ]
+    first = able[0]
+    if op == "attention" and able[:2] == ["cuda", "triton"]:
+        first = _measured(function, head_dim) or able[_slower(first, op, device)]
     return _function(first, op, function)

@@ -1,4 +1,4 @@
-"""Measures tiles on the user's GPU: what `bertkern tune` does.
+"""Measures tiles and backends on the user's GPU: what `bertkern tune` does.
 
 A row of the tuning table (kernels/tuning.py) is measured inside the op that uses it, so that the
 time holds whatever the choice costs elsewhere: the op runs once with the shipped tile and once with
@@ -8,6 +8,11 @@ is MARGIN faster, since two runs of the same kernel differ by less.
 
 Workloads are BERT's: 16,384 tokens, 768 columns of heads, dropout 0.1 (a sequence's length is the
 class's: 1024 keys, or all that fit one tile of a short row).
+
+Attention in 16 bits has CUDA kernels beside Triton's. Each pass and head dim of it is timed with
+both, over sequences of 128 and of 512 tokens, and the faster one is stored; CUDA's is only where
+its results agree with Triton's. A head dim has one backend for all lengths: a sequence's bits must
+not depend on those beside it.
 """
 
 import datetime
@@ -20,7 +25,7 @@ from torch import Tensor
 
 from bertkern.kernels import tuning, tuning_file
 
-from ._backend import backend
+from ._backend import MEASURED_HEAD_DIMS, backend, cannot, forget_choices, measured_row
 from .attention import attention
 from .attention_decode import attention_decode
 from .dropout_add_layer_norm import dropout_add_layer_norm
@@ -29,12 +34,17 @@ from .linear_cross_entropy import linear_cross_entropy
 
 OPS = ("attention", "attention_decode", "linear", "linear_cross_entropy", "layer_norm")
 MARGIN = 0.03
+_DEVICE = "cuda"
 _TOKENS = 16384
 _COLUMNS = 768
 _LONG = 1024
 _DROPOUT = 0.1
 
+_LENGTHS = (128, 512)  # of the sequences that backends are compared on
+
 Measure = Callable[[tuning.Key, Any, Any], float]
+# (backend, "fwd" or "bwd", head dim) -> microseconds
+MeasureBackend = Callable[[str, str, int], float]
 
 
 class Row(NamedTuple):
@@ -129,6 +139,96 @@ def tune(
         yield row
 
 
+class Choice(NamedTuple):
+    """Which backend of a pass of attention is faster, and the microseconds of both; `refused`: why
+    CUDA's does not count."""
+
+    row: str
+    backend: str
+    cuda_us: float | None
+    triton_us: float
+    refused: str
+
+
+def backend_rows(itemsize: int, limit: int, device: torch.device) -> list[tuple[str, int]]:
+    """(pass, head dim) of attention that both backends have here; itemsize and limit 0 choose
+    all."""
+    if itemsize not in (0, 2) or cannot("cuda", "attention", torch.bfloat16, device, 64):
+        return []
+    dims = [d for d in MEASURED_HEAD_DIMS if limit in (0, d)]
+    return [(direction, d) for d in dims for direction in ("fwd", "bwd")]
+
+
+def choose_backends(
+    chosen: list[tuple[str, int]],
+    measure: MeasureBackend,
+    stored: dict[str, Any],
+    store: Callable[[], None],
+) -> Iterator[Choice]:
+    """Measure backends one pass and head dim after another; each choice is written at once.
+
+    Args:
+        chosen: (pass, head dim), as of `backend_rows`.
+        measure: (backend, pass, head dim) -> microseconds; Triton's comes first, and raises
+            Rejected for a CUDA kernel that does not agree with it.
+        stored, store: as in `tune`.
+    """
+    for direction, head_dim in chosen:
+        key = measured_row(f"attention_{direction}", head_dim)
+        triton_us, cuda_us, refused = measure("triton", direction, head_dim), None, ""
+        try:
+            cuda_us = measure("cuda", direction, head_dim)
+        except Rejected as error:
+            refused = str(error)
+        wins = cuda_us is not None and cuda_us < triton_us
+        name, other = ("cuda", "triton") if wins else ("triton", "cuda")
+        times = {"cuda": cuda_us, "triton": triton_us}
+        stored[key] = {
+            "backend": name,
+            "microseconds": _rounded(times[name]),
+            "other": other,
+            "other_microseconds": _rounded(times[other]),
+            "date": datetime.date.today().isoformat(),
+        }
+        store()
+        yield Choice(key, name, cuda_us, triton_us, refused)
+
+
+def _rounded(microseconds: float | None) -> float | None:
+    return None if microseconds is None else round(microseconds, 2)
+
+
+class BackendsOnGpu:
+    """Measures backends of attention on a CUDA device; keeps Triton's results of a row."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._expected: list[tuple[Tensor, ...]] = []
+
+    def __call__(self, name: str, direction: str, head_dim: int) -> float:
+        """Median microseconds of all lengths together."""
+        import triton
+
+        total = 0.0
+        if name == "triton":
+            self._expected = []
+        with torch.cuda.device(self._device), backend(name):
+            for at, length in enumerate(_LENGTHS):
+                try:
+                    work = _attention_pass(direction, length, head_dim, torch.float16)
+                    results = work()
+                except Exception as error:  # a launch that fails means "not this"
+                    if name == "triton":
+                        raise
+                    raise Rejected(f"{type(error).__name__}: {error}") from error
+                if name == "triton":
+                    self._expected.append(results)
+                elif not all(map(_close, results, self._expected[at])):
+                    raise Rejected(f"its result differs from Triton's at {length} tokens")
+                total += 1000 * triton.testing.do_bench(work, return_mode="median")
+        return total
+
+
 class OnGpu:
     """Measures on a CUDA device; keeps a row's inputs and the shipped tile's result."""
 
@@ -175,17 +275,17 @@ def workload(key: tuning.Key, tile: Any) -> Callable[[], tuple[Tensor, ...]]:
     return _WORKLOADS[key.op](key, tile, dtype)
 
 
-def _random(*shape: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(sum(shape))
-    x = torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
+def _random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator(_DEVICE).manual_seed(seed)
+    x = torch.randn(shape, generator=generator, device=_DEVICE, dtype=dtype)
     return x.requires_grad_()
 
 
 def _forward_or_backward(
-    key: tuning.Key, forward: Callable[[], Tensor], inputs: tuple[Tensor, ...]
+    kernel: str, forward: Callable[[], Tensor], inputs: tuple[Tensor, ...]
 ) -> Callable[[], tuple[Tensor, ...]]:
     """The forward without a graph, or the backward alone of one forward."""
-    if key.kernel.startswith("fwd"):
+    if kernel.startswith("fwd"):
 
         def run_forward() -> tuple[Tensor, ...]:
             with torch.no_grad():
@@ -193,26 +293,32 @@ def _forward_or_backward(
 
         return run_forward
     out = forward()
-    dout = torch.randn_like(out)
+    dout = _random(*out.shape, dtype=out.dtype, seed=3).detach()
     return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
 
 
 def _attention(key: tuning.Key, tile: Any, dtype: torch.dtype) -> Any:
     length = tile.block_n if "short" in key.kernel else _LONG
-    heads = max(1, _COLUMNS // key.limit)
-    shape = (_TOKENS // length, length, heads, key.limit)
-    q, k, v = (_random(*shape, dtype=dtype) for _ in range(3))
+    return _attention_pass(key.kernel, length, key.limit, dtype)
+
+
+def _attention_pass(
+    kernel: str, length: int, head_dim: int, dtype: torch.dtype
+) -> Callable[[], tuple[Tensor, ...]]:
+    heads = max(1, _COLUMNS // head_dim)
+    shape = (_TOKENS // length, length, heads, head_dim)
+    q, k, v = (_random(*shape, dtype=dtype, seed=n) for n in range(3))
     bias: Tensor | None = None
     inputs: tuple[Tensor, ...] = (q, k, v)
-    if "bias" in key.kernel:
+    if "bias" in kernel:
         bias = _random(1, heads, length, length, dtype=dtype)
-        if key.kernel == "bwd_dbias":
+        if kernel == "bwd_dbias":
             inputs = (*inputs, bias)
         else:
             bias = bias.detach()
-    seed = torch.tensor(1, device="cuda")
+    seed = torch.tensor(1, device=_DEVICE)
     return _forward_or_backward(
-        key,
+        kernel,
         lambda: attention(q, k, v, bias=bias, dropout_p=_DROPOUT, dropout_seed=seed),
         inputs,
     )
@@ -224,7 +330,7 @@ def _attention_decode(key: tuning.Key, tile: Any, dtype: torch.dtype) -> Any:
     batch = 64
     q = _random(batch, heads, key.limit, dtype=dtype).detach()
     k, v = (_random(batch, _LONG, key_heads, key.limit, dtype=dtype).detach() for _ in range(2))
-    lengths = torch.full((batch,), _LONG, dtype=torch.int32, device="cuda")
+    lengths = torch.full((batch,), _LONG, dtype=torch.int32, device=_DEVICE)
     return lambda: (attention_decode(q, k, v, lengths),)
 
 
@@ -232,27 +338,29 @@ def _linear(key: tuning.Key, tile: Any, dtype: torch.dtype) -> Any:
     x = _random(_TOKENS, _COLUMNS, dtype=dtype)
     w = _random(4 * _COLUMNS, _COLUMNS, dtype=dtype)
     b = _random(4 * _COLUMNS, dtype=dtype)
-    return _forward_or_backward(key, lambda: linear(x, w, b, activation="gelu"), (x, w, b))
+    return _forward_or_backward(key.kernel, lambda: linear(x, w, b, activation="gelu"), (x, w, b))
 
 
 def _linear_cross_entropy(key: tuning.Key, tile: Any, dtype: torch.dtype) -> Any:
     x = _random(_TOKENS // 8, _COLUMNS, dtype=dtype)
     w = _random(30522, _COLUMNS, dtype=dtype)
-    target = torch.arange(_TOKENS // 8, device="cuda")
-    return _forward_or_backward(key, lambda: linear_cross_entropy(x, w, None, target), (x, w))
+    target = torch.arange(_TOKENS // 8, device=_DEVICE)
+    return _forward_or_backward(
+        key.kernel, lambda: linear_cross_entropy(x, w, None, target), (x, w)
+    )
 
 
 def _layer_norm(key: tuning.Key, tile: Any, dtype: torch.dtype) -> Any:
     x, residual = (_random(_TOKENS, key.limit, dtype=dtype) for _ in range(2))
     weight, bias = (_random(key.limit, dtype=torch.float32) for _ in range(2))
-    seed = torch.tensor(1, device="cuda")
+    seed = torch.tensor(1, device=_DEVICE)
 
     def forward() -> Tensor:
         y = dropout_add_layer_norm(x, residual, weight, bias, dropout_p=_DROPOUT, dropout_seed=seed)
         assert isinstance(y, Tensor)  # two of them only with prenorm
         return y
 
-    return _forward_or_backward(key, forward, (x, residual, weight, bias))
+    return _forward_or_backward(key.kernel, forward, (x, residual, weight, bias))
 
 
 _WORKLOADS: dict[str, Callable[[tuning.Key, Any, torch.dtype], Any]] = {
@@ -294,6 +402,7 @@ def stored(gpu: str) -> tuple[dict[str, Any], Path, Callable[[], None]]:
     def store() -> None:
         tuning_file.write(path, gpu, found)
         tuning.reread()
+        forget_choices()
 
     return found, path, store
 

@@ -32,8 +32,20 @@ def clock(monkeypatch):
         def __call__(self, key, tile, shipped):
             return 10.0 if tile.warps == 4 else 20.0
 
+    class BackendsClock:
+        """CUDA's forward is faster than Triton's, its backward is wrong."""
+
+        def __init__(self, device):
+            pass
+
+        def __call__(self, name, direction, head_dim):
+            if name == "cuda" and direction == "bwd":
+                raise _tuning.Rejected("its result differs from Triton's at 128 tokens")
+            return {"cuda": 10.0, "triton": 20.0}[name]
+
     monkeypatch.setattr(_tuning, "this_gpu", lambda device: (GPU, "sm90"))
     monkeypatch.setattr(_tuning, "OnGpu", Clock)
+    monkeypatch.setattr(_tuning, "BackendsOnGpu", BackendsClock)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -65,6 +77,23 @@ def test_measures_stores_shows_and_clears(run, clock, cache):
     assert run("tune", "--clear").exit_code == 0
     assert not list(cache.glob("*.json"))
     assert "nothing is stored" in run("tune", "--show").stderr
+
+
+def test_backends_of_attention_are_stored_and_shown(run, clock, cache, monkeypatch):
+    monkeypatch.setattr(_tuning, "cannot", lambda *call: None)  # as if CUDA's kernels ran here
+    result = run("tune", "--op", "attention", "--bits", "16", "--head-dim", "64")
+    assert result.exit_code == 0, result.output
+    assert "attention_fwd/2/64: cuda (triton 20.0 µs, cuda 10.0 µs)" in result.stdout
+    assert "attention_bwd/2/64: triton (triton 20.0 µs, cuda its result differs" in result.stdout
+    monkeypatch.setattr(tuning_file, "gpu_name", lambda: GPU)
+    tuning.reread()
+    rows = tuning_file.rows_of_this_gpu()
+    assert rows["attention_fwd/2/64"] == "cuda"
+    assert rows["attention_bwd/2/64"] == "triton"
+    assert len(rows["attention/fwd/2/sm90/64"]) == 4
+    shown = run("tune", "--show").stdout
+    assert "attention_fwd/2/64" in shown
+    assert "cuda" in shown
 
 
 def test_a_size_without_a_row_is_refused(refused, clock):

@@ -201,7 +201,7 @@ def _products(kernel):
         return needed, needed * 9 // 8 if kernel.launch.what == "attention_bwd_short" else needed
     head_dim, warpgroups, _, _, span, _ = kernel.code.name.numbers("WarpgroupTile")
     needed = products * head_dim * work
-    if kernel.launch.what == "attention_bwd_short":
+    if kernel.launch.what == "attention_bwd_short" and kernel.code.name.function.endswith("_keys"):
         # The warpgroups share out dq by parts of its columns, of one span of the swizzle each.
         parts = 2 * head_dim // span
         needed += (warpgroups * -(-parts // warpgroups) - parts) * (span // 2) * work

@@ -26,7 +26,8 @@ Nothing here is timed: the figures are read from the code, without a GPU.
   rows, columns walked over at a time, stages, bytes of the swizzle's span, registers of a thread
   that has the copies made>`. `plain` has causal, window, lengths and padding, `dropout` that and
   dropout, `general` bias, cap and any scale, too;
-  `attention_bwd_short` is `attention_bwd_keys<..., true>`. `NormTile<vectors of 8 elements a
+  `attention_bwd_short` is `attention_bwd_keys<..., true>` but for the square tiles of sm90, which
+  have a kernel of that name. `NormTile<vectors of 8 elements a
   thread, whether a row takes the whole block>`.
 - **sm**: the target. **threads** of a CTA, **regs** of a thread (of 255), **spill** bytes of stack;
   all must be 0. **shared**: bytes that the launch code asks for, for LayerNorm at the widest row
@@ -45,9 +46,10 @@ in the `dropout` kernels with dropout, in the `general` ones and `attention_bwd_
 the tensors' type and without cap and dropout. In `attention_bwd_short` and `attention_bwd_keys` it
 is a turn of the warps that also fetch what belongs to the next queries (lse, delta, keys of their
 dropout). In the kernels of sm90 it is a turn of the warpgroups that compute: in the forward from a
-tile of keys to the next one of the same queries, in `attention_bwd_short` of the warpgroup that has
-more columns of dq. The LayerNorm kernels are counted on aligned rows with everything on: residual,
-dropout, fp32 weight and bias, and all gradients.
+tile of keys to the next one of the same queries, in `attention_bwd_keys<..., true>` of the
+warpgroup that has more columns of dq, in `attention_bwd_short` a tile of queries that is the last
+one of its keys, with all that is stored. The LayerNorm kernels are counted on aligned rows with
+everything on: residual, dropout, fp32 weight and bias, and all gradients.
 - **slots**: instructions of all threads in a turn for one score (attention), for one element of the
   row (LayerNorm), or for one word of 4 bytes that is loaded (the kernels that sum). They are shared
   out over **tensor** HMMA, HGMMA, **MUFU** exp2 and reciprocals, **FMA** FFMA, FMUL, FADD, **IMAD**

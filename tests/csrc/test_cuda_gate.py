@@ -245,8 +245,14 @@ def test_warpgroups_share_out_parts_of_dq(head_dim, span, products):
     name = HOPPER._replace(
         arguments=("bf16", f"WarpgroupTile<{head_dim}, 2, 64, 2, {span}, 40>", "plain", "true")
     )
-    short = kernel(name, STEP, Launch("attention_bwd_short", 384, 0))
-    assert cuda_gate._products(short)[0] == pytest.approx(products * head_dim * 128 * 64)
+    keys = kernel(
+        name._replace(function="attention_bwd_keys"), STEP, Launch("attention_bwd_short", 384, 0)
+    )
+    assert cuda_gate._products(keys)[0] == pytest.approx(products * head_dim * 128 * 64)
+    # By square tiles each warpgroup has queries of its own, and their dq.
+    square = keys.code.name._replace(function="attention_bwd_short")
+    short = keys._replace(code=keys.code._replace(name=square))
+    assert cuda_gate._products(short)[0] == 5 * head_dim * 128 * 64
 
 
 def test_products_that_run_are_seen_across_turns():

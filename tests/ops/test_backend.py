@@ -111,6 +111,26 @@ def test_backends_of_an_op_in_the_order_in_which_they_are_asked(monkeypatch):
     assert _backend.backends_of("layer_norm", "cuda") == ["triton", "reference"]
 
 
+@pytest.fixture
+def tuned(monkeypatch):
+    """A GPU of such a capability, on which `bertkern tune` stored such rows."""
+
+    def clear():
+        for cached in (_backend._choose, _backend._slower):
+            cached.cache_clear()
+
+    def device(capability, rows):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(_backend, "triton_interpreted", lambda: False)
+        tuning_file = pytest.importorskip("bertkern.kernels.tuning_file")
+        monkeypatch.setattr(tuning_file, "rows_of_this_gpu", lambda: rows)
+        clear()
+        return torch.device("cuda", 7)
+
+    yield device
+    clear()
+
+
 @pytest.mark.parametrize(
     ("capability", "broken", "dtype", "head_dim", "aligned", "module"),
     [
@@ -127,19 +147,34 @@ def test_backends_of_an_op_in_the_order_in_which_they_are_asked(monkeypatch):
     ],
 )
 def test_who_computes_attention_on_a_gpu(
-    monkeypatch, capability, broken, dtype, head_dim, aligned, module
+    monkeypatch, tuned, capability, broken, dtype, head_dim, aligned, module
 ):
     monkeypatch.setattr(_backend, "unusable", lambda name, _: "broken" if name in broken else None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(_backend, "triton_interpreted", lambda: False)
-    device = torch.device("cuda", 7)
-    for cached in (_backend._choose, _backend._slower):
-        cached.cache_clear()
-    try:
-        chosen = _backend._choose(
-            "attention", "_fwd", dtype, device, head_dim, 0, aligned, forced=None
-        )
-    finally:
-        for cached in (_backend._choose, _backend._slower):
-            cached.cache_clear()
-    assert chosen.__module__ == module
+    assert who_computes(tuned(capability, {}), "_fwd", dtype, head_dim, aligned) == module
+
+
+@pytest.mark.parametrize(
+    ("capability", "rows", "direction", "dtype", "head_dim", "aligned", "name"),
+    [
+        ((9, 0), {"attention_fwd/2/64": "cuda"}, "_fwd", torch.bfloat16, 64, True, "cuda"),
+        ((9, 0), {"attention_fwd/2/64": "cuda"}, "_fwd", torch.float16, 40, True, "cuda"),
+        ((9, 0), {"attention_fwd/2/64": "cuda"}, "_fwd", torch.float16, 72, True, "triton"),
+        ((9, 0), {"attention_fwd/2/64": "cuda"}, "_bwd", torch.bfloat16, 64, True, "triton"),
+        ((9, 0), {"attention_fwd/2/64": "cuda"}, "_fwd", torch.float32, 64, True, "triton"),
+        ((9, 0), {"attention_fwd/2/64": "cuda"}, "_fwd", torch.bfloat16, 64, False, "triton"),
+        ((8, 0), {"attention_bwd/2/128": "triton"}, "_bwd", torch.bfloat16, 128, True, "triton"),
+        ((8, 0), {"attention_bwd/2/128": "triton"}, "_bwd", torch.bfloat16, 96, True, "cuda"),
+        ((8, 0), {"attention_fwd/2/64": [64, 64, 4, 2]}, "_fwd", torch.float16, 64, True, "cuda"),
+    ],
+)
+def test_what_was_measured_on_the_gpu_decides(
+    monkeypatch, tuned, capability, rows, direction, dtype, head_dim, aligned, name
+):
+    monkeypatch.setattr(_backend, "unusable", lambda name, _: None)
+    module = {"cuda": "bertkern.ops._cuda_attention", "triton": "bertkern.kernels.attention"}[name]
+    assert who_computes(tuned(capability, rows), direction, dtype, head_dim, aligned) == module
+
+
+def who_computes(device, direction, dtype, head_dim, aligned):
+    chosen = _backend._choose("attention", direction, dtype, device, head_dim, 0, aligned, None)
+    return chosen.__module__

@@ -1,12 +1,13 @@
 """bertkern tune's measuring, with a made-up clock in place of a GPU."""
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from bertkern.kernels import tuning
 
-from bertkern.ops import _tuning
+from bertkern.ops import _backend, _tuning
 
 KEY = tuning.Key("attention", "fwd", 2, "sm90", 64)
 SHIPPED = tuning.ATTENTION["fwd", 2, "sm90"][64]
@@ -97,3 +98,57 @@ def test_rows_are_chosen_by_op_size_and_dtype():
 def test_every_op_has_a_workload():
     assert set(_tuning.OPS) == set(_tuning._WORKLOADS)
     assert set(_tuning.OPS) <= set(tuning.TABLES)
+
+
+def choices(times, chosen=(("fwd", 64), ("bwd", 64)), stored=None):
+    """What choose_backends yields and stores; times: {(backend, pass): microseconds or error}."""
+    stored, writes = {} if stored is None else stored, []
+
+    def measure(name, direction, head_dim):
+        found = times[name, direction]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    found = list(
+        _tuning.choose_backends(list(chosen), measure, stored, lambda: writes.append(dict(stored)))
+    )
+    return found, stored, writes
+
+
+def test_each_pass_goes_to_the_faster_backend():
+    times = {("triton", "fwd"): 20.0, ("cuda", "fwd"): 15.0}
+    times |= {("triton", "bwd"): 40.0, ("cuda", "bwd"): 41.0}
+    found, stored, writes = choices(times, stored={"other": 1})
+    assert [choice.backend for choice in found] == ["cuda", "triton"]
+    row = stored["attention_fwd/2/64"]
+    assert (row["backend"], row["microseconds"]) == ("cuda", 15)
+    assert (row["other"], row["other_microseconds"]) == ("triton", 20)
+    assert stored["attention_bwd/2/64"]["backend"] == "triton"
+    assert stored["other"] == 1
+    assert len(writes) == 2  # one a row: Ctrl-C keeps what is there
+    assert "attention_bwd/2/64" not in writes[0]
+
+
+def test_a_kernel_that_disagrees_is_not_chosen():
+    times = {("triton", "fwd"): 20.0, ("cuda", "fwd"): _tuning.Rejected("its result differs")}
+    (choice,), stored, _ = choices(times, [("fwd", 32)])
+    assert (choice.backend, choice.refused) == ("triton", "its result differs")
+    assert stored["attention_fwd/2/32"]["backend"] == "triton"
+    assert stored["attention_fwd/2/32"]["other_microseconds"] is None
+
+
+def test_an_error_of_triton_is_not_hidden_by_a_choice():
+    with pytest.raises(RuntimeError, match="no launch"):
+        choices({("triton", "fwd"): RuntimeError("no launch")})
+
+
+def test_backends_are_compared_where_both_are_there(monkeypatch):
+    device = torch.device("cuda", 3)
+    monkeypatch.setattr(_backend, "unusable", lambda name, device_type: None)
+    dims = _backend.MEASURED_HEAD_DIMS
+    assert _tuning.backend_rows(0, 0, device) == [(p, d) for d in dims for p in ("fwd", "bwd")]
+    assert _tuning.backend_rows(2, 64, device) == [("fwd", 64), ("bwd", 64)]
+    assert _tuning.backend_rows(4, 0, device) == []
+    monkeypatch.setattr(_backend, "unusable", lambda name, device_type: "no driver")
+    assert _tuning.backend_rows(0, 0, device) == []

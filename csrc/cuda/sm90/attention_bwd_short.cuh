@@ -233,11 +233,11 @@ BERTKERN_DEVICE void zero_short(const AttentionKernelArguments& a, int warp, int
   }
 }
 
-// A warp's 16 queries by all keys: from the products q kᵀ in `p` and dout vᵀ in `dp` p with its
-// mask, rounded to T, is stored (for dv, without dropout's scale), and dp becomes ds. The other
-// sums of `rows` are set; delta, which is Σ p dp of that very dp, is added to theirs. Where a query
-// sees few keys the two are almost equal, and a sum over the rounded `out` would be all that is
-// left of ds. store(n, words): of the fragments n and n + 1.
+// A warp's 16 queries by all keys: of the products q kᵀ in `p` and dout vᵀ in `dp`, p with its mask
+// is stored, rounded to T (for dv, without dropout's scale), and dp becomes ds. rows.delta comes as
+// -dlse; Σ p dp of that very dp is added: where a query sees few keys the two are almost equal, and
+// a sum over the rounded `out` would be all that is left of ds. store(n, words): of the fragments n
+// and n + 1.
 template <typename T, AttentionVariant kVariant, int kTiles, typename Store>
 BERTKERN_DEVICE void weigh_rows(float (&p)[kTiles][4], float (&dp)[kTiles][4], QueryRows& rows,
                                 const AttentionKernelArguments& a, const Sequence& s,

@@ -1,6 +1,7 @@
 """Cases of attention. The table of the mutants' tiles makes 32 keys at D <= 64, and 80 at D <= 96,
-those of one tile in the backward, on Hopper 64 and, without options, 128 at D > 64; the others walk over tiles of 32 and 16. The file is long because it ends in one table, whose cases
-share how they are drawn and poisoned."""
+those of one tile in the backward, on Hopper 64 and, without options, 128 at D > 64; the others walk
+over tiles of 32 and 16. The file is long because it ends in one table, whose cases share how they
+are drawn and poisoned."""
 
 import math
 from collections.abc import Callable
@@ -359,15 +360,16 @@ class LongestFirst:
 class InfiniteKey:
     """Scores of -Inf; behind the last query of the tile rows of zeros, which must not meet it."""
 
-    name = "an infinite key"
+    def __init__(self, dim: int, keys: int) -> None:
+        self.name, self.dim, self.keys = f"an infinite key, D {dim}", dim, keys
 
     def prepare(self) -> None:
         dice = Dice(24)
-        q, k, v = (dice.rows(1, n, 1, 64) for n in (20, 64, 64))
+        q, k, v = (dice.rows(1, n, 1, self.dim) for n in (20, self.keys, self.keys))
         q.abs_().add_(0.1)
         k[0, 7, 0, 3] = -math.inf
         self.leaves = [t.requires_grad_() for t in (q, k, v)]
-        self.dout = dice.rows(1, 20, 1, 64)
+        self.dout = dice.rows(1, 20, 1, self.dim)
 
     def check(self) -> None:
         out = bertkern.attention(*self.leaves)
@@ -460,7 +462,9 @@ CASES: tuple[
         bias=(1, 2),
         dropout=True,
     ),
-    lambda: varlen("varlen, D 96, all short", 13, [(66, 75), (5, 1), (1, 17)], (40, 36), dim=96),
+    lambda: varlen(
+        "varlen, D 96, all short", 13, [(66, 75), (5, 1), (4, 0), (1, 17)], (40, 36), dim=96
+    ),
     # Queries that see nothing, with NaN in q and dout: before the first key, one alone, behind the
     # last key, one alone there.
     lambda: batched("causal, left padding", 15, 66, 66, causal=True, holes=True),
@@ -468,6 +472,9 @@ CASES: tuple[
     lambda: batched("causal, one query too many", 16, 46, 45, causal=True),
     lambda: batched("short, causal, one query too many", 17, 32, 31, causal=True),
     lambda: batched("window, lengths", 18, 80, 80, window=(11, -1), lengths=[68, 40]),
+    lambda: batched(
+        "short, D 88, causal, one query too many", 37, 32, 31, dim=88, causal=True, dlse=False
+    ),
     lambda: batched("short, window, lengths", 19, 30, 30, window=(4, 0), lengths=[25, 9]),
     # On Hopper by the kernels for any number of keys, whose tiles of v are not cleared.
     lambda: batched(
@@ -481,7 +488,8 @@ CASES: tuple[
         scale=-0.2,
     ),
     NanInside,
-    InfiniteKey,
+    lambda: InfiniteKey(64, 64),
+    lambda: InfiniteKey(96, 128),  # on Hopper with keys as rows
     NanInGradient,
     lambda: batched(
         "lengths beyond the last key, and one less", 21, 20, 36, batch=3, lengths=[50, 36, 35]

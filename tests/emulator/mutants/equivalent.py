@@ -409,7 +409,7 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     _one("The loop over no tiles ends at once.", _HOPPER_FWD, "!any", "false"),
     _one(_EMPTY_LSE, _HOPPER_FWD, "total == 0.0f", "false", source="lse[i]"),
     _one("Where no row has grown all factors are 1.", _HOPPER_FWD, "rows.corrected", "true"),
-    _one(_ANOTHER_ORDER, _SCHEDULE, "round_ % 2 == 0"),
+    _one(_ANOTHER_ORDER, _SCHEDULE, "round % 2 == 0"),
     _one(
         "Then no pairs are left, and the next return is taken.",
         _SCHEDULE,
