@@ -68,6 +68,8 @@ def _clear(files: list[Path]) -> None:
 
 
 def _show(files: list[Path]) -> None:
+    from bertkern.ops import _tuning
+
     if not files:
         err.print("nothing is stored: the shipped tiles are used", markup=False)
     for path in files:
@@ -76,18 +78,10 @@ def _show(files: list[Path]) -> None:
             rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
             table = Table("row", "chosen", "µs", "instead of", "µs", "measured")
             for key, row in rows.items():
-                table.add_row(key, *map(_text, _numbers(row)))
+                table.add_row(key, *map(_text, _tuning.as_shown(row)))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise CommandError(f"{path} is damaged: bertkern tune --clear removes it") from error
         out.print(table)
-
-
-def _numbers(row: dict[str, Any]) -> tuple[Any, ...]:
-    from bertkern.kernels import tuning_file
-
-    loser = "other" if "backend" in row else "shipped"
-    names = ("microseconds", loser, f"{loser}_microseconds", "date")
-    return tuning_file.chosen(row), *(row[name] for name in names)
 
 
 def _text(value: Any) -> str:

@@ -410,3 +410,11 @@ def stored(gpu: str) -> tuple[dict[str, Any], Path, Callable[[], None]]:
 def files() -> list[Path]:
     """The stored files, of every GPU and Triton version."""
     return sorted(tuning_file.folder().glob("tuning-*.json"))
+
+
+def as_shown(row: dict[str, Any]) -> tuple[Any, ...]:
+    """(what was chosen, its microseconds, instead of what, its microseconds, the date) of a stored
+    row."""
+    loser = "other" if "backend" in row else "shipped"
+    names = ("microseconds", loser, f"{loser}_microseconds", "date")
+    return tuning_file.chosen(row), *(row[name] for name in names)

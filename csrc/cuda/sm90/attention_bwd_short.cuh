@@ -132,22 +132,22 @@ BERTKERN_DEVICE void produce_short(const AttentionBwdArguments& arguments,
   const AttentionKernelArguments& a = arguments.a;
   BwdShortSignals<Tile>& signals = *memory.signals;
   const ptx::CachePolicy once = ptx::cache_briefly();
-  Stage<Tile::kStages> keys, stage;
+  Stage<Tile::kStages> keys_stage, stage;
   for (int round = 0; number_in_round(round) < short_keys<Tile>(a); ++round) {
     const ShortKeys<Tile> own(a, number_in_round(round));
     if (own.steps == 0) continue;
     const Sequence& s = own.s;
     const int batch = a.cu_seqlens_q != nullptr ? 0 : own.index;
-    ptx::barrier_wait(&signals.keys_empty[keys.index], keys.parity ^ 1);
+    ptx::barrier_wait(&signals.keys_empty[keys_stage.index], keys_stage.parity ^ 1);
     if (ptx::elect_one()) {
-      ptx::Barrier* full =
-          own.clears_keys(a) ? &signals.keys_landed[keys.index] : &signals.keys_full[keys.index];
-      const int first = static_cast<int>(s.first_k), at = keys.index * Tile::kRowsBytes;
+      ptx::Barrier* full = own.clears_keys(a) ? &signals.keys_landed[keys_stage.index]
+                                              : &signals.keys_full[keys_stage.index];
+      const int first = static_cast<int>(s.first_k), at = keys_stage.index * Tile::kRowsBytes;
       ptx::barrier_arrive_expect_bytes(full, 2 * Tile::kRowsBytes);
       load_tile<Tile, kRows>(memory.k + at, arguments.k, own.key_head, first, batch, full, once);
       load_tile<Tile, kRows>(memory.v + at, arguments.v, own.key_head, first, batch, full, once);
     }
-    keys.advance();
+    keys_stage.advance();
 #pragma unroll 1
     for (int step = 0; step < own.steps; ++step, stage.advance()) {
       const int head = own.head(a, step), first_q = own.first_query(step);
@@ -177,20 +177,21 @@ BERTKERN_DEVICE void clean_short(const AttentionKernelArguments& a,
                                  const BwdShortMemory<Tile>& memory) {
   constexpr int kRows = Tile::kRows;
   BwdShortSignals<Tile>& signals = *memory.signals;
-  Stage<Tile::kStages> keys, stage;
+  Stage<Tile::kStages> keys_stage, stage;
   uint32_t keys_parities = 0, parities = 0;  // of what has landed, a bit for each stage
   for (int round = 0; number_in_round(round) < short_keys<Tile>(a); ++round) {
     const ShortKeys<Tile> own(a, number_in_round(round));
     if (own.steps == 0) continue;
     const Sequence& s = own.s;
     if (own.clears_keys(a)) {
-      ptx::barrier_wait(&signals.keys_landed[keys.index], (keys_parities >> keys.index) & 1);
-      keys_parities ^= 1u << keys.index;
-      clear_foreign_keys<Tile, kRows>(memory.k + keys.index * Tile::kRowsBytes,
+      ptx::barrier_wait(&signals.keys_landed[keys_stage.index],
+                        (keys_parities >> keys_stage.index) & 1);
+      keys_parities ^= 1u << keys_stage.index;
+      clear_foreign_keys<Tile, kRows>(memory.k + keys_stage.index * Tile::kRowsBytes,
                                       kept_keys(a, own.index), s.len_k, 0);
-      arrive_as_warp(&signals.keys_full[keys.index]);
+      arrive_as_warp(&signals.keys_full[keys_stage.index]);
     }
-    keys.advance();
+    keys_stage.advance();
 #pragma unroll 1
     for (int step = 0; step < own.steps; ++step, stage.advance()) {
       const int first_q = own.first_query(step);
@@ -352,7 +353,7 @@ BERTKERN_DEVICE void consume_short(const AttentionKernelArguments& a,
                                      tensor.token, first_row, end, a.head_dim);
   };
   float dk[kHeadTiles][4], dv[kHeadTiles][4];
-  Stage<Tile::kStages> keys, stage;
+  Stage<Tile::kStages> keys_stage, stage;
   for (;; stage.advance()) {
     ptx::barrier_wait(&signals.full[stage.index], stage.parity);
     const int head = of_warp(signals.steps[stage.index].head);
@@ -361,9 +362,9 @@ BERTKERN_DEVICE void consume_short(const AttentionKernelArguments& a,
     const Sequence& s = step.s;
     const uint8_t* kept = kept_keys(a, step.index);
     const int first_row = step.first_q + row, g = lane / 4;
-    ptx::barrier_wait(&signals.keys_full[keys.index], keys.parity);
-    const char* k = memory.k + keys.index * Tile::kRowsBytes;
-    const char* v = memory.v + keys.index * Tile::kRowsBytes;
+    ptx::barrier_wait(&signals.keys_full[keys_stage.index], keys_stage.parity);
+    const char* k = memory.k + keys_stage.index * Tile::kRowsBytes;
+    const char* v = memory.v + keys_stage.index * Tile::kRowsBytes;
     const char* q = memory.q + stage.index * Tile::kRowsBytes;
     const char* dout = memory.dout + stage.index * Tile::kRowsBytes;
     float p[kTiles][4], dp[kTiles][4];
@@ -425,8 +426,8 @@ BERTKERN_DEVICE void consume_short(const AttentionKernelArguments& a,
     ptx::wgmma_wait<0>(dv, dk);
     arrive_as_warp(&signals.empty[stage.index]);
     if (!step.is_last) continue;
-    arrive_as_warp(&signals.keys_empty[keys.index]);
-    keys.advance();
+    arrive_as_warp(&signals.keys_empty[keys_stage.index]);
+    keys_stage.advance();
     const float dv_scale = kVariant == AttentionVariant::kPlain ? 1.0f : a.dropout_scale;
 #pragma unroll
     for (int n = 0; n < kHeadTiles; ++n) {

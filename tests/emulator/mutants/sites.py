@@ -296,7 +296,7 @@ RULES: dict[str, tuple[Callable[[str], Found], ...]] = {
         _texts(r"\b(\w*stage\.parity) \^ 1\b", r"\1"),
         _texts(r"\b\w*stage\.parity\b(?! \^)", r"(\g<0> ^ 1)"),
         _texts(r"(?<=, )landed(?=\);)", "landed ^ 1"),
-        _texts(r"\(parities >> stage\.index\) & 1(?=\);)", r"(\g<0>) ^ 1"),
+        _texts(r"\(\w*parities >> \w*stage\.index\) & 1(?=\);)", r"(\g<0>) ^ 1"),
     ),
     "copy": (
         _argument("ptx::barrier_arrive_expect_bytes", 1, "({}) - 16", "({}) + 16"),
