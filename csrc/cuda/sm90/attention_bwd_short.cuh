@@ -9,8 +9,8 @@
 // registers. For dv and dk, of which a warpgroup has 64 keys, p and ds pass through shared memory.
 //
 //   producer   a warp that has the copy engine bring the tiles, those of the next keys as well
-//   cleaner    a warp that zeroes rows which nobody sees, or which see nothing: what stands there
-//              may be NaN, and 0 · NaN would not be 0
+//   cleaner    a warp that zeroes padding, rows of other sequences, and queries that see nothing:
+//              what stands there may be NaN, and 0 · NaN would not be 0
 //   consumers  warpgroups
 //   others     two warps that write zeros where there is nothing to sum
 #pragma once
@@ -97,9 +97,10 @@ struct ShortKeys {
     tiles = any ? (s.len_q + Tile::kRows - 1) / Tile::kRows : 0;
     steps = tiles * a.group;
   }
-  // Whether it is this launch's, and no rows behind the last sequence.
+  // Whether it is this launch's, and no rows behind the last sequence. A length below 0, which no
+  // call should have, is nobody's: what lies before the sequence stays as it is.
   BERTKERN_DEVICE bool is_own(const AttentionKernelArguments& a) const {
-    return index < a.batch && s.len_k <= a.most_keys;
+    return index < a.batch && s.len_k >= 0 && s.len_k <= a.most_keys;
   }
   BERTKERN_DEVICE int head(const AttentionKernelArguments& a, int step) const {
     return key_head * a.group + step / tiles;
@@ -135,7 +136,7 @@ BERTKERN_DEVICE void produce_short(const AttentionBwdArguments& arguments,
   Stage<Tile::kStages> keys_stage, stage;
   for (int round = 0; number_in_round(round) < short_keys<Tile>(a); ++round) {
     const ShortKeys<Tile> own(a, number_in_round(round));
-    if (own.steps == 0) continue;
+    if (own.steps <= 0) continue;
     const Sequence& s = own.s;
     const int batch = a.cu_seqlens_q != nullptr ? 0 : own.index;
     ptx::barrier_wait(&signals.keys_empty[keys_stage.index], keys_stage.parity ^ 1);
@@ -181,7 +182,7 @@ BERTKERN_DEVICE void clean_short(const AttentionKernelArguments& a,
   uint32_t keys_parities = 0, parities = 0;  // of what has landed, a bit for each stage
   for (int round = 0; number_in_round(round) < short_keys<Tile>(a); ++round) {
     const ShortKeys<Tile> own(a, number_in_round(round));
-    if (own.steps == 0) continue;
+    if (own.steps <= 0) continue;
     const Sequence& s = own.s;
     if (own.clears_keys(a)) {
       ptx::barrier_wait(&signals.keys_landed[keys_stage.index],

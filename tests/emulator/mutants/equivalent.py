@@ -341,6 +341,7 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "ptx::named_barrier_sync(kConsumersBarrier, 128 * Tile::kWarpgroups);",
     ),
     _one(_TWICE, _HOPPER_SHORT, "s.len_k <= a.most_keys", "true"),
+    _one("No call has a length below 0.", _HOPPER_SHORT, "s.len_k >= 0", "true"),
     _one(_TWICE, _HOPPER_SHORT, "a.seqlen_k <= Tile::kRows", "true"),
     _one(_CLEARED, _HOPPER_SHORT, "s.high < 0", "s.high <= 0"),
     _one(_CLEARED, _HOPPER_SHORT, "a.cu_seqlens_q != nullptr", "true", source="first_q"),
