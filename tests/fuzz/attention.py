@@ -506,6 +506,8 @@ def scaled_dot_product_attention(draw: Draw) -> Case:
             None if t is None else t.cpu() if t.dtype == torch.bool else t.detach().cpu().double()
             for t in (*(leaves[name] for name in "qkv"), leaves.get("bias", mask))
         )
+        # Its scores are q's and k's alone: a mask that broadcasts as v does would not fit them.
+        q = q.expand(*leading, *q.shape[-2:])
         out = F.scaled_dot_product_attention(
             q, k, v, bias, 0.0, options.causal, scale=options.scale, enable_gqa=gqa
         )
