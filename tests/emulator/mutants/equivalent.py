@@ -1,4 +1,5 @@
-"""Mutants that compute what the sources compute, and why."""
+"""Mutants that compute what the sources compute, and why. The file is long because it is one table,
+whose arguments serve several kernels."""
 
 from dataclasses import dataclass
 
