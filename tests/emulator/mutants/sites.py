@@ -41,9 +41,10 @@ class Mutant:
     @property
     def name(self) -> str:
         """The same for the same text, wherever in its file it moves."""
-        wrong = self.after or "nothing"
+        before, wrong = (
+            re.sub(r"\s+", " ", text) for text in (self.before, self.after or "nothing")
+        )
         number = f" #{self.ordinal}" if self.ordinal > 1 else ""
-        before = re.sub(r"\s+", " ", self.before)
         return f"{self.file}: `{self.source}`: `{before}` -> `{wrong}`{number}"
 
 
