@@ -59,7 +59,7 @@ SOURCES = (
     "cpu/isa.cpp",
     "cpu/fma_rate.cpp",
 )
-BINDINGS = ("bindings.cpp", "cuda/bindings.cpp")
+BINDINGS = ("bindings.cpp", "cuda/bindings.cpp", "usual_call.cpp")
 CUDA_SOURCES = (
     "cuda/attention.cu",
     "cuda/attention_bwd_sm90.cu",

@@ -14,7 +14,9 @@ More than 500 lines: a stub file describes a whole module.
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
 
 Strides = tuple[int, int, int]
 FourSizes = tuple[int, int, int, int]
@@ -50,6 +52,13 @@ def cpu_fma_rates(type: str, threads: int) -> list[float]:
     """Operations a second (two a multiply-add) that the processor's widest instruction for
     "float32", "bfloat16" or "int8" reaches from registers, of some repeats; empty where it has
     none."""
+
+def usual_call(
+    pattern: str, exchange: object, types: tuple[type, ...], is_neg: Callable[[Tensor], bool]
+) -> Callable[..., int] | None:
+    """A function of as many tensors as `pattern` names that says whether they are as it says
+    (2: and one asks for a gradient; 1: and none does) or not (0). csrc/usual_call.h has the
+    language of patterns. None where `exchange` is of a version that is not known."""
 
 def cuda_device_count() -> tuple[int, str | None]:
     """(devices, None), or (0, why there is none: not compiled, no driver, driver too old ...)."""

@@ -7,6 +7,7 @@
 #include "cpu/cpu.h"
 #include "cpu/fma_rate.h"
 #include "cpu/parallel.h"
+#include "usual_call.h"
 
 namespace bertkern {
 namespace {
@@ -284,6 +285,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_fma_rates", &cpu_fma_rates, "type"_a, "threads"_a, ReleaseGil(),
         "Multiply-add operations a second, of repeats; empty where there is no instruction.");
 
+  m.def("usual_call", &usual_call, "pattern"_a, "exchange"_a, "types"_a, "is_neg"_a,
+        "A function that tells whether an op's tensors are as the pattern says.");
   m.def("cpu_attention_fwd", &cpu_attention_fwd, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "bias"_a,
         "q_strides"_a, "k_strides"_a, "v_strides"_a, "out_strides"_a, "bias_sizes"_a,
         "bias_strides"_a, "bias_dtype"_a, "key_padding_mask"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a,

@@ -47,16 +47,18 @@ class _Call:
 
     def __init__(self, q, k, v, bias, key_padding_mask, cu_seqlens_q, cu_seqlens_k, key_lengths,
                  dropout_seed, max_seqlen_q, max_seqlen_k, causal, window_left, window_right,
-                 softcap, dropout_p, scale, sequence_offset) -> None:  # fmt: skip
-        self.varlen = cu_seqlens_q is not None
-        self.heads, head_dim = q.shape[-2:]
-        self.key_heads = k.shape[-2]
+                 softcap, dropout_p, scale, sequence_offset, heads_first) -> None:  # fmt: skip
+        self.varlen, self.heads_first = cu_seqlens_q is not None, heads_first
+        heads_at, tokens_at = (1, 2) if heads_first else (-2, -3)
+        self.heads, head_dim = q.shape[heads_at], q.shape[-1]
+        self.key_heads = k.shape[heads_at]
         self.group = self.heads // max(self.key_heads, 1)
         if self.varlen:
             self.batch = cu_seqlens_q.numel() - 1
             self.seqlen_q, self.seqlen_k = max_seqlen_q, max_seqlen_k
         else:
-            self.batch, self.seqlen_q, self.seqlen_k = q.shape[0], q.shape[1], k.shape[1]
+            self.batch = q.shape[0]
+            self.seqlen_q, self.seqlen_k = q.shape[tokens_at], k.shape[tokens_at]
         if causal:
             window_right = 0
         threshold, keep_scale = threshold_and_scale(dropout_p)
@@ -80,7 +82,7 @@ class _Call:
             self.keys_stride = self.keys.stride(0)
         self.indices = (cu_seqlens_q, cu_seqlens_k, key_lengths, dropout_seed)
         self.itemsize, self.arch, self.head_dim = q.element_size(), architecture(q), head_dim
-        self.inputs = (*_strides(q), *_strides(k), *_strides(v))
+        self.inputs = (*self.strides(q), *self.strides(k), *self.strides(v))
         self.options = dict(
             HEAD_DIM=head_dim, BLOCK_D=tuning.block_d(head_dim),
             ALIGN=0 if causal == CAUSAL_TOP_LEFT else 1, LOW=window_left >= 0,
@@ -92,6 +94,21 @@ class _Call:
         self.bias_options = dict(
             BIAS=bias_kind, FOLD=self.itemsize == 2 and scale > 0 and not bias_kind and not softcap
         )
+
+    def strides(self, x: torch.Tensor) -> tuple[int, int, int]:
+        """(batch, token, head) strides of q, k, v or what is like them; varlen has no batch."""
+        if self.varlen:
+            return 0, x.stride(0), x.stride(1)
+        batch, first, second = x.stride()[:3]
+        return (batch, second, first) if self.heads_first else (batch, first, second)
+
+    def empty_like(self, x: torch.Tensor) -> torch.Tensor:
+        """Of x's sizes, in memory a contiguous [B, S, H, D] or [T, H, D], and no view of one."""
+        if not self.heads_first:
+            return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _, heads, tokens, head_dim = x.shape
+        strides = (tokens * heads * head_dim, head_dim, heads * head_dim, 1)
+        return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
 
     def tile(self, kernel: str) -> tuning.AttentionTile:
         return tuning.attention(
@@ -105,11 +122,6 @@ class _Call:
         most = self.tile(short).block_n
         own = self.varlen or self.options["KEY_LENGTHS"]  # else each has exactly seqlen_k keys
         return own or self.seqlen_k <= most, self.seqlen_k > most, most
-
-
-def _strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """(batch, token, head) strides; varlen has no batch."""
-    return (0, *x.stride()[:2]) if x.dim() == 3 else tuple(x.stride()[:3])
 
 
 def _lse_strides(lse: torch.Tensor) -> tuple[int, int]:
@@ -136,14 +148,16 @@ def attention_fwd(
     dropout_p: float,
     scale: float,
     sequence_offset: int,
+    heads_first: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse): out [B, Sq, H, D] or [Tq, H, D] in q's dtype, lse fp32 [B, H, Sq] or [H, Tq]."""
+    """(out, lse): out like q, lse fp32 [B, H, Sq] or [H, Tq]. heads_first: q, k, v and out are
+    [B, H, S, D], out in memory [B, S, H, D]."""
     call = _Call(
         q, k, v, bias, key_padding_mask, cu_seqlens_q, cu_seqlens_k, key_lengths, dropout_seed,
         max_seqlen_q, max_seqlen_k, causal, window_left, window_right, softcap, dropout_p, scale,
-        sequence_offset,
+        sequence_offset, heads_first,
     )  # fmt: skip
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out, strides = call.empty_like(q), call.strides
     heads, varlen = call.heads, call.varlen
     lse_shape = (heads, q.shape[0]) if varlen else (call.batch, heads, call.seqlen_q)
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
@@ -159,7 +173,7 @@ def attention_fwd(
             slack = int(varlen and kernel == launches[-1][0])
             attention_fwd_kernel[(q_blocks * heads * (call.batch + slack),)](
                 q, k, v, out, lse, call.bias, call.keys, *call.indices,
-                *call.inputs, *_strides(out), *_lse_strides(lse), *call.bias_strides,
+                *call.inputs, *strides(out), *_lse_strides(lse), *call.bias_strides,
                 call.keys_stride, call.batch, heads, call.group, call.seqlen_q, call.seqlen_k,
                 q.shape[0], q_blocks, least_keys, most_keys, *call.numbers,
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SHORT=kernel == "fwd_short",
@@ -191,6 +205,7 @@ def attention_bwd(
     dropout_p: float,
     scale: float,
     sequence_offset: int,
+    heads_first: bool,
     bias_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dq, dk, dv, dbias), contiguous; dbias only if bias_grad. The same bits from run to run: no
@@ -198,9 +213,10 @@ def attention_bwd(
     call = _Call(
         q, k, v, bias, key_padding_mask, cu_seqlens_q, cu_seqlens_k, key_lengths, dropout_seed,
         max_seqlen_q, max_seqlen_k, causal, window_left, window_right, softcap, dropout_p, scale,
-        sequence_offset,
+        sequence_offset, heads_first,
     )  # fmt: skip
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    dq, dk, dv = (call.empty_like(t) for t in (q, k, v))
+    strides = call.strides
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
@@ -216,7 +232,7 @@ def attention_bwd(
             slack = int(call.varlen and not has_long)
             attention_bwd_short_kernel[(call.key_heads * (call.batch + slack),)](
                 q, k, v, dout, lse, dlse, delta, dq, dk, dv, call.bias, call.keys, *call.indices,
-                *call.inputs, *_strides(dout), *_strides(dq), *_strides(dk), *lse_strides,
+                *call.inputs, *strides(dout), *strides(dq), *strides(dk), *lse_strides,
                 *dlse_strides, *call.bias_strides, call.keys_stride,
                 call.batch, call.key_heads, call.group, call.seqlen_q, call.seqlen_k, q.shape[0],
                 k.shape[0], *call.numbers,
@@ -228,7 +244,7 @@ def attention_bwd(
             q_blocks = max(1, triton.cdiv(call.seqlen_q, tile.block_m))
             attention_bwd_dq_kernel[(q_blocks * call.heads * (call.batch + extra),)](
                 q, k, v, out, dout, lse, dlse, delta, dq, call.bias, call.keys, *call.indices,
-                *call.inputs, *_strides(out), *_strides(dout), *_strides(dq), *lse_strides,
+                *call.inputs, *strides(out), *strides(dout), *strides(dq), *lse_strides,
                 *dlse_strides, *call.bias_strides, call.keys_stride,
                 call.batch, call.heads, call.group, call.seqlen_q, call.seqlen_k, q.shape[0],
                 q_blocks, most + 1, *call.numbers,
@@ -240,7 +256,7 @@ def attention_bwd(
             k_blocks = max(1, triton.cdiv(call.seqlen_k, tile.block_n))
             attention_bwd_dkdv_kernel[(k_blocks * call.key_heads * (call.batch + extra),)](
                 q, k, v, dout, lse, delta, dk, dv, call.bias, call.keys, *call.indices,
-                *call.inputs, *_strides(dout), *_strides(dk), *lse_strides, *call.bias_strides,
+                *call.inputs, *strides(dout), *strides(dk), *lse_strides, *call.bias_strides,
                 call.keys_stride,
                 call.batch, call.key_heads, call.group, call.seqlen_q, call.seqlen_k, k.shape[0],
                 k_blocks, most + 1, *call.numbers,
@@ -266,7 +282,7 @@ def _bias_grad(call: _Call, dout, q, k, v, lse, delta, bias: torch.Tensor) -> to
     grid *= (1 if over[2] else q_blocks) * (1 if over[3] else k_blocks)
     attention_bwd_dbias_kernel[(grid,)](
         q, k, v, dout, lse, delta, call.bias, dbias, call.keys, *call.indices,
-        *call.inputs, *_strides(dout), *_lse_strides(lse), *call.bias_strides, call.keys_stride,
+        *call.inputs, *call.strides(dout), *_lse_strides(lse), *call.bias_strides, call.keys_stride,
         *dbias.stride(),
         call.batch, call.heads, call.group, call.seqlen_q, call.seqlen_k, bias.shape[1],
         q_blocks, k_blocks, *call.numbers,

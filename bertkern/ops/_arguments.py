@@ -18,24 +18,6 @@ def check_tensor(op: str, name: str, value: object) -> None:
         )
 
 
-def alike(first: object, *others: object) -> bool:
-    """Whether all are tensors of one dtype that the ops compute in, on one device; others may be
-    None.
-
-    The usual case in one step; where it is False, the checks below find out what is wrong, if
-    anything is.
-    """
-    if not isinstance(first, Tensor) or first.dtype not in FLOATS:
-        return False
-    dtype, device = first.dtype, first.device
-    for other in others:
-        if other is not None and (
-            not isinstance(other, Tensor) or other.dtype != dtype or other.device != device
-        ):
-            return False
-    return True
-
-
 def check_same(op: str, first_name: str, first: Tensor, **others: Tensor | None) -> None:
     """The tensors share the first one's dtype (TypeError) and device (ValueError)."""
     for name, tensor in others.items():
@@ -97,17 +79,17 @@ def check_activation(op: str, activation: object, optional: bool) -> str:
 
 
 def dropout_seed_for(
-    op: str, x: Tensor, dropout_p: float, dropout_seed: Tensor | None
+    op: str, x: Tensor, dropout_p: float, dropout_seed: Tensor | None, usual: int = 0
 ) -> Tensor | None:
     """The seed that the kernels read; None when nothing is dropped.
 
     A seed that was not given is drawn here by a plain torch op on x's device: `torch.manual_seed`,
     recomputation in checkpointing and replay of CUDA graphs see an ordinary random op, and nothing
-    synchronises.
+    synchronises. usual: what `usual_call` said of x and dropout_seed.
     """
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{op}: dropout_p={dropout_p}; it must be between 0 and 1")
-    if dropout_seed is not None:
+    if dropout_seed is not None and not usual:
         if not isinstance(dropout_seed, Tensor):
             raise TypeError(
                 f"{op}: dropout_seed must be an int64 tensor of one element on {x.device}, "

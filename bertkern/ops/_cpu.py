@@ -14,6 +14,7 @@ from torch import Tensor
 from bertkern import _C
 
 from ..reference.dropout import threshold_and_scale
+from . import _layout
 
 DTYPES = {
     torch.float32: _C.DType.FLOAT32,
@@ -48,12 +49,6 @@ def dropout_options(dropout_p: float, dropout_seed: Tensor | None) -> tuple[int,
     return *threshold_and_scale(dropout_p), int(dropout_seed)
 
 
-def _strides(t: Tensor) -> tuple[int, int, int]:
-    """(batch, sequence, head) of [B, S, H, D], or (0, token, head) of [T, H, D]."""
-    batch, sequence, head = t.stride()[:3] if t.dim() == 4 else (0, *t.stride()[:2])
-    return batch, sequence, head
-
-
 def _bias_options(bias: Tensor | None) -> tuple[Any, ...]:
     """bias_sizes, bias_strides, bias_dtype."""
     if bias is None:
@@ -77,19 +72,20 @@ def _attention_options(
     dropout_p: float,
     scale: float,
     sequence_offset: int,
+    heads_first: bool,
 ) -> tuple[Any, ...]:
     """What the arguments of both directions end with; key_padding_mask is contiguous."""
-    *leading, heads, head_dim = q.shape
-    *key_leading, key_heads, _ = k.shape
+    batch, queries, heads, head_dim = _layout.sizes(q, heads_first)
+    _, keys, key_heads, _ = _layout.sizes(k, heads_first)
     return (
         *_bias_options(bias),
         address(key_padding_mask),
         address(cu_seqlens_q),
         address(cu_seqlens_k),
         address(key_lengths),
-        leading[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
-        leading[-1],
-        key_leading[-1],
+        batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+        queries,
+        keys,
         heads,
         key_heads,
         head_dim,
@@ -124,10 +120,12 @@ def attention_fwd(
     dropout_p: float,
     scale: float,
     sequence_offset: int,
+    heads_first: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
-    out = q.new_empty(q.shape)
-    lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    out = _layout.empty_like(q, heads_first)
+    batch, queries, heads, _ = _layout.sizes(q, heads_first)
+    lse_shape = (heads, queries) if q.dim() == 3 else (batch, heads, queries)
     lse = torch.empty(lse_shape, dtype=torch.float32)
     keys = None if key_padding_mask is None else key_padding_mask.contiguous()
     _C.cpu_attention_fwd(
@@ -137,10 +135,10 @@ def attention_fwd(
         address(out),
         address(lse),
         address(bias),
-        _strides(q),
-        _strides(k),
-        _strides(v),
-        _strides(out),
+        _layout.strides(q, heads_first),
+        _layout.strides(k, heads_first),
+        _layout.strides(v, heads_first),
+        _layout.strides(out, heads_first),
         *_attention_options(
             q,
             k,
@@ -157,6 +155,7 @@ def attention_fwd(
             dropout_p,
             scale,
             sequence_offset,
+            heads_first,
         ),
     )
     return out, lse
@@ -185,6 +184,7 @@ def attention_bwd(
     dropout_p: float,
     scale: float,
     sequence_offset: int,
+    heads_first: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dbias); dbias only if bias_grad."""
@@ -192,7 +192,7 @@ def attention_bwd(
     dlse = None if dlse is None else dlse.contiguous()
     lse = lse.contiguous()
     keys = None if key_padding_mask is None else key_padding_mask.contiguous()
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq, dk, dv = (_layout.empty_like(t, heads_first) for t in (q, k, v))
     dbias = bias.new_empty(bias.shape) if bias_grad and bias is not None else None
     _C.cpu_attention_bwd(
         address(dout),
@@ -207,11 +207,11 @@ def attention_bwd(
         address(dk),
         address(dv),
         address(dbias),
-        _strides(dout),
-        _strides(q),
-        _strides(k),
-        _strides(v),
-        _strides(out),
+        _layout.strides(dout, heads_first),
+        _layout.strides(q, heads_first),
+        _layout.strides(k, heads_first),
+        _layout.strides(v, heads_first),
+        _layout.strides(out, heads_first),
         *_attention_options(
             q,
             k,
@@ -228,6 +228,7 @@ def attention_bwd(
             dropout_p,
             scale,
             sequence_offset,
+            heads_first,
         ),
     )
     return dq, dk, dv, dbias

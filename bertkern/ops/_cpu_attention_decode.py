@@ -29,6 +29,6 @@ def attention_decode(
         keys = torch.arange(room) >= lengths[:, None] - 1 - window_left
     out, lse = attention_fwd(
         q[:, None], k_cache, v_cache, bias, keys, None, None, lengths, None, 1, room,
-        CAUSAL_NONE, -1, -1, softcap, 0.0, scale, 0,
+        CAUSAL_NONE, -1, -1, softcap, 0.0, scale, 0, False,
     )  # fmt: skip
     return out[:, 0], lse[..., 0]

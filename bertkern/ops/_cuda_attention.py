@@ -12,6 +12,7 @@ from torch import Tensor
 from bertkern import _C
 
 from ..reference.dropout import threshold_and_scale
+from . import _layout
 from ._cuda import DTYPES, address, place
 
 MAX_HEAD_DIM = 128
@@ -27,12 +28,6 @@ def cannot_attention(dtype: torch.dtype, head_dim: int, aligned: bool) -> str | 
     if not aligned:
         return "its rows of q, k, v and dout start on multiples of 16 bytes"
     return None
-
-
-def _strides(t: Tensor) -> tuple[int, int, int]:
-    """(batch, sequence, head) of [B, S, H, D], or (0, token, head) of [T, H, D]."""
-    batch, sequence, head = t.stride()[:3] if t.dim() == 4 else (0, *t.stride()[:2])
-    return batch, sequence, head
 
 
 def _order(cu_seqlens: Tensor | None, *directions: int) -> Tensor | None:
@@ -65,15 +60,18 @@ def _options(
     dropout_p: float,
     scale: float,
     sequence_offset: int,
+    heads_first: bool,
 ) -> tuple[Any, ...]:
     """What the arguments of both directions end with; key_padding_mask is contiguous."""
     varlen = cu_seqlens_q is not None
+    batch, queries, heads, head_dim = _layout.sizes(q, heads_first)
+    _, keys, key_heads, _ = _layout.sizes(k, heads_first)
     threshold, dropout_scale = (0, 1.0) if dropout_seed is None else threshold_and_scale(dropout_p)
     return (
-        _strides(q),
-        _strides(k),
-        _strides(v),
-        _strides(out),
+        _layout.strides(q, heads_first),
+        _layout.strides(k, heads_first),
+        _layout.strides(v, heads_first),
+        _layout.strides(out, heads_first),
         _NOTHING if bias is None else tuple(bias.shape),
         _NOTHING if bias is None else bias.stride(),
         None if bias is None else DTYPES.get(bias.dtype),
@@ -82,14 +80,14 @@ def _options(
         address(cu_seqlens_k),
         address(key_lengths),
         address(order),
-        q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
-        max_seqlen_q if varlen else q.shape[1],
-        max_seqlen_k if varlen else k.shape[1],
+        batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+        max_seqlen_q if varlen else queries,
+        max_seqlen_k if varlen else keys,
         q.shape[0],
         k.shape[0],
-        q.shape[-2],
-        k.shape[-2],
-        q.shape[-1],
+        heads,
+        key_heads,
+        head_dim,
         DTYPES[q.dtype],
         causal,
         window_left,
@@ -115,9 +113,11 @@ def attention_fwd(
     key_lengths: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse): out [B, Sq, H, D] or [Tq, H, D] in q's dtype, lse fp32 [B, H, Sq] or [H, Tq]."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    """(out, lse): out like q, lse fp32 [B, H, Sq] or [H, Tq]."""
+    heads_first = options[-1]
+    out = _layout.empty_like(q, heads_first)
+    batch, queries, heads, _ = _layout.sizes(q, heads_first)
+    lse_shape = (heads, queries) if q.dim() == 3 else (batch, heads, queries)
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
@@ -159,7 +159,8 @@ def attention_bwd(
     keys = None if key_padding_mask is None else key_padding_mask.contiguous()
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    heads_first = options_of_both[-1]
+    dq, dk, dv = (_layout.empty_like(t, heads_first) for t in (q, k, v))
     delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     dbias = None
     if bias_grad and bias is not None:
@@ -182,7 +183,7 @@ def attention_bwd(
         address(dk),
         address(dv),
         address(dbias),
-        _strides(dout),
+        _layout.strides(dout, heads_first),
         *_options(q, k, v, out, bias, order, *indices, *options_of_both),
     )
     return dq, dk, dv, dbias

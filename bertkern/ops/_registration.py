@@ -13,29 +13,37 @@ them):
    (`_watched`, `_plain`), it enters a node or the implementation itself, without the dispatcher,
    which puts every argument into a box and takes it out again. That node sees only the inputs and
    outputs that a gradient may pass: each one more costs host time.
+
+Before all of them stands `usual_call`: where an op's tensors are what they usually are, the
+compiled extension says so in one step, and neither the op's own checks nor those of the third layer
+are made.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import (
     _are_functorch_transforms_active,
     _AutoDispatchBelowAutograd,
     _dispatch_isTensorSubclassLike,
     _get_tracing_state,
+    _is_any_autocast_enabled,
 )
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import _profiler_enabled, forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_dynamo_compiling
-from torch.overrides import has_torch_function
+from torch.overrides import has_torch_function, has_torch_function_unary
 
+from ._backend import native
 from ._vmap import Fold, vmap_rule
 
 # torch names without a promise, all here: the imports above that begin with `_`, and
 # `forward_ad._current_level`. torch.library, torch.overrides and torch.autograd use the same.
+
+UNUSUAL, USUAL, USUAL_GRADIENT = 0, 1, 2  # what `usual_call` says, as csrc/usual_call.h does
 
 NAMESPACE = "bertkern"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -76,16 +84,61 @@ def define(
     op = _register(schema, implementation, fake, setup_context, backward, fold)
     record = _short_node(schema, implementation, setup_context, backward, first, last)
 
-    def call(*inputs: Any, outputs: int | None = outputs) -> Any:
-        if _watched() or has_torch_function(inputs) or not _plain(inputs, tensors):
-            output = op(*inputs)
-        elif _needs_node(inputs, tensors):
-            return record(*inputs[first:last], inputs[:first], inputs[last:], outputs)
-        else:
-            output = implementation(*inputs)
+    def call(*inputs: Any, outputs: int | None = outputs, usual: int = UNUSUAL) -> Any:
+        if usual == UNUSUAL:
+            if _watched() or has_torch_function(inputs) or not _plain(inputs, tensors):
+                output = op(*inputs)
+                return output if outputs is None else output[:outputs]
+            usual = USUAL_GRADIENT if _needs_node(inputs, tensors) else USUAL
+        if usual == USUAL_GRADIENT and is_grad_enabled():
+            return record(*inputs[first:last], inputs, outputs)
+        output = implementation(*inputs)
         return output if outputs is None else output[:outputs]
 
     return call
+
+
+def usual_call(pattern: str, *, casts: bool = False) -> Callable[..., int]:
+    """A function of an op's tensors that says whether they are what the pattern says.
+
+    Its answer goes to the callable of `define` as `usual`, and stands for all checks of these
+    tensors: `USUAL` (no gradient is asked for), `USUAL_GRADIENT`, or `UNUSUAL` where something
+    differs or cannot be told (no compiled extension, a torch without DLPack's exchange interface,
+    a tensor subclass, a transform, a mode, a compiler that traces): then the op checks.
+
+    Args:
+        pattern: types and sizes, in the language of `csrc/usual_call.h`.
+        casts: whether the op casts its tensors under autocast, which makes each such call unusual.
+    """
+    match: Callable[..., int] | None = None
+
+    def usual(*tensors: Any) -> int:
+        nonlocal match
+        if (
+            _watched()
+            or has_torch_function_unary(_PROBE)
+            or _dispatch_isTensorSubclassLike(_PROBE)
+            or (casts and _is_any_autocast_enabled())
+        ):
+            return UNUSUAL
+        if match is None:
+            match = _matcher(pattern)
+        return match(*tensors)
+
+    return usual
+
+
+_PROBE = torch.empty(0)  # itself as plain as can be: what is asked of it is asked of the modes
+
+
+def _matcher(pattern: str) -> Callable[..., int]:
+    extension, _ = native()
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    match = None
+    if extension is not None and exchange is not None:
+        types = (Tensor, torch.nn.Parameter)
+        match = extension.usual_call(pattern, exchange, types, Tensor.is_neg)
+    return match or (lambda *tensors: UNUSUAL)
 
 
 def _span(schema: str, names: Sequence[str]) -> tuple[int, int]:
@@ -135,7 +188,7 @@ def _tensor_positions(schema: str) -> list[int]:
 
 def _needs_node(inputs: tuple[Any, ...], tensors: Sequence[int]) -> bool:
     """Whether a call must enter the autograd graph."""
-    if torch.is_grad_enabled():
+    if is_grad_enabled():
         for i in tensors:
             tensor = inputs[i]
             if tensor is not None and tensor.requires_grad:
@@ -197,19 +250,17 @@ def _short_node(
     first: int,
     last: int,
 ) -> Callable[..., Any]:
-    """The implementation as a node of few inputs and outputs: inputs[first:last] of the op, then,
-    in two tuples, those before and those after; then how many outputs it gives."""
-    count = last - first
+    """The implementation as a node of few inputs and outputs: inputs[first:last] of the op, which
+    alone autograd sees, then all of them in a tuple, and how many outputs it gives."""
 
     def forward(ctx: Any, *packed: Any) -> Any:
-        inputs = packed[count] + packed[:count] + packed[count + 1]
+        inputs, outputs = packed[-2:]
         output = implementation(*inputs)
         setup_context(ctx, inputs, output)
-        outputs = packed[count + 2]
         return output if outputs is None else output[:outputs]
 
     def short_backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return (*backward(ctx, *grads)[first:last], None, None, None)
+        return (*backward(ctx, *grads)[first:last], None, None)
 
     return _apply(schema[: schema.index("(")], forward, short_backward)
 

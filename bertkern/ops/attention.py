@@ -16,8 +16,9 @@ from ..reference import attention as reference
 from ..reference.attention import CAUSAL_BOTTOM_RIGHT, CAUSAL_NONE
 from ..reference.layer_norm import statistics_dtype
 from . import _arguments as arguments
+from . import _layout
 from ._backend import implementation
-from ._registration import define, define_backward, present
+from ._registration import UNUSUAL, define, define_backward, present, usual_call
 from ._vmap import Fold
 
 MAX_HEAD_DIM = 256
@@ -26,7 +27,7 @@ _OPTIONS = (
     "Tensor? bias, Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "Tensor? key_lengths, Tensor? dropout_seed, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "int causal, SymInt window_left, SymInt window_right, float softcap, float dropout_p, "
-    "float scale, SymInt sequence_offset"
+    "float scale, SymInt sequence_offset, bool heads_first"
 )
 
 
@@ -36,8 +37,11 @@ def _fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=statistics_dtype(q))
+    heads_first = rest[-1]
+    batch, queries, heads, _ = _layout.sizes(q, heads_first)
+    lse_shape = (heads, queries) if q.dim() == 3 else (batch, heads, queries)
+    out = _layout.empty_like(q, heads_first)
+    return out, q.new_empty(lse_shape, dtype=statistics_dtype(q))
 
 
 def _bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -48,9 +52,9 @@ def _bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Ten
 
 
 def _bwd_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    bias, bias_grad = rest[3], rest[-1]
+    bias, heads_first, bias_grad = rest[3], *rest[-2:]
     dbias = bias.new_empty(bias.shape) if bias_grad else q.new_empty(0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+    return *(_layout.empty_like(t, heads_first) for t in (q, k, v)), dbias
 
 
 _attention_bwd = define_backward(
@@ -121,6 +125,8 @@ def attend(
     scale: float | None,
     sequence_offset: int,
     return_lse: bool = False,
+    heads_first: bool = False,
+    usual: int = UNUSUAL,
 ) -> tuple[Tensor, ...]:
     """Checks what every face of attention shares, draws the seed and calls the op.
 
@@ -128,25 +134,23 @@ def attend(
         op: the name that errors begin with.
         bias: [B or 1, H or 1, Sq or 1, Sk or 1], checked.
         causal: one of the CAUSAL_ constants of `bertkern.reference.attention`.
+        heads_first: whether q, k and v, and so out, are [B, H, S, D] instead of [B, S, H, D].
+        usual: what `usual_call` said of the tensors.
 
     Returns:
         (out,), with return_lse (out, lse).
     """
-    if not arguments.alike(q, k, v):
+    if usual == UNUSUAL:
         arguments.check_tensor(op, "q", q)
         arguments.check_same(op, "q", q, k=k, v=v)
-    heads, head_dim = q.shape[-2:]
-    k_shape, v_shape = k.shape, v.shape
+        q, k, v = (arguments.unit_last_stride(t) for t in (q, k, v))
+    heads_at = 1 if heads_first else -2
+    heads, head_dim = q.shape[heads_at], q.shape[-1]
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{op}: head dim is {head_dim}; allowed are 1 to {MAX_HEAD_DIM}")
-    if k_shape[-1] != head_dim or v_shape[-1] != head_dim:
-        raise ValueError(
-            f"{op}: k and v have head dims {k_shape[-1]} and {v_shape[-1]}; both must be q's, "
-            f"{head_dim}"
-        )
-    if k_shape != v_shape:
-        raise ValueError(f"{op}: v has shape {list(v_shape)}; it must be k's, {list(k_shape)}")
-    key_heads = k_shape[-2]
+    if usual == UNUSUAL:
+        _check_keys(op, head_dim, k, v)
+    key_heads = k.shape[heads_at]
     if key_heads != heads and (key_heads == 0 or heads % key_heads):
         raise ValueError(
             f"{op}: k and v have {key_heads} heads and q has {heads}; q's must be a multiple of "
@@ -155,12 +159,12 @@ def attend(
     left, right = _window(op, window)
     if not softcap >= 0.0:
         raise ValueError(f"{op}: softcap={softcap}; it must be 0 (none) or positive")
-    seed = arguments.dropout_seed_for(op, q, dropout_p, dropout_seed)
+    seed = arguments.dropout_seed_for(op, q, dropout_p, dropout_seed, usual)
     scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     return _attention_fwd(
-        arguments.unit_last_stride(q),
-        arguments.unit_last_stride(k),
-        arguments.unit_last_stride(v),
+        q,
+        k,
+        v,
         bias,
         key_padding_mask,
         cu_seqlens_q,
@@ -176,8 +180,29 @@ def attend(
         float(dropout_p),
         scale,
         sequence_offset,
+        heads_first,
         outputs=2 if return_lse else 1,
+        usual=usual,
     )
+
+
+_usual = usual_call(
+    "x[b s h d], x[b t g d], x[b t g d], mask?[b|1 h|1 s|1 t|1], bool?[b t], int32?[b], int64?[*]",
+    casts=True,
+)
+_usual_varlen = usual_call(
+    "x[s h d], x[t g d], x[t g d], int32[c+], int32[c+], int64?[*]", casts=True
+)
+
+
+def _check_keys(op: str, head_dim: int, k: Tensor, v: Tensor) -> None:
+    if k.shape[-1] != head_dim or v.shape[-1] != head_dim:
+        raise ValueError(
+            f"{op}: k and v have head dims {k.shape[-1]} and {v.shape[-1]}; both must be q's, "
+            f"{head_dim}"
+        )
+    if k.shape != v.shape:
+        raise ValueError(f"{op}: v has shape {list(v.shape)}; it must be k's, {list(k.shape)}")
 
 
 def _window(op: str, window: tuple[int, int] | None) -> tuple[int, int]:
@@ -300,31 +325,34 @@ def attention(  # type: ignore[misc]  # the overloads abbreviate the options
         ValueError, TypeError, NotImplementedError: naming the argument, its value and those
             allowed.
     """
-    _check_rank("attention", 4, "[B, S, H, D]", q, k, v)
-    q, k, v, bias = arguments.to_autocast_dtype(q, k, v, bias)  # type: ignore[assignment]
-    batch, queries, heads, _ = q.shape
-    key_batch, keys, _, _ = k.shape
-    if key_batch != batch:
-        raise ValueError(f"attention: k has batch {key_batch}; it must be q's, {batch}")
-    if key_lengths is not None:
-        arguments.check_index_tensor(
-            "attention", "key_lengths", key_lengths, q, (batch,), torch.int32
-        )
-        key_lengths = key_lengths.contiguous()
-    if key_padding_mask is not None:
-        arguments.check_index_tensor(
-            "attention", "key_padding_mask", key_padding_mask, q, (batch, keys), torch.bool
-        )
+    usual = _usual(q, k, v, bias, key_padding_mask, key_lengths, dropout_seed)
+    if usual == UNUSUAL:
+        _check_rank("attention", 4, "[B, S, H, D]", q, k, v)
+        q, k, v, bias = arguments.to_autocast_dtype(q, k, v, bias)  # type: ignore[assignment]
+        batch, queries, heads, _ = q.shape
+        key_batch, keys, _, _ = k.shape
+        if key_batch != batch:
+            raise ValueError(f"attention: k has batch {key_batch}; it must be q's, {batch}")
+        if key_lengths is not None:
+            arguments.check_index_tensor(
+                "attention", "key_lengths", key_lengths, q, (batch,), torch.int32
+            )
+            key_lengths = key_lengths.contiguous()
+        if key_padding_mask is not None:
+            arguments.check_index_tensor(
+                "attention", "key_padding_mask", key_padding_mask, q, (batch, keys), torch.bool
+            )
+        bias = bias_matrices("attention", "bias", bias, q, (batch, heads, queries, keys))
     outputs = attend(
         "attention",
         q,
         k,
         v,
-        bias=bias_matrices("attention", "bias", bias, q, (batch, heads, queries, keys)),
+        bias=bias,
         key_padding_mask=key_padding_mask,
         key_lengths=key_lengths,
-        max_seqlen_q=queries,
-        max_seqlen_k=keys,
+        max_seqlen_q=q.shape[1],
+        max_seqlen_k=k.shape[1],
         causal=CAUSAL_BOTTOM_RIGHT if causal else CAUSAL_NONE,
         window=window,
         softcap=softcap,
@@ -333,6 +361,7 @@ def attention(  # type: ignore[misc]  # the overloads abbreviate the options
         scale=scale,
         sequence_offset=sequence_offset,
         return_lse=return_lse,
+        usual=usual,
     )
     return outputs if return_lse else outputs[0]  # type: ignore[return-value]
 
@@ -403,25 +432,29 @@ def attention_varlen(  # type: ignore[misc]  # the overloads abbreviate the opti
             allowed.
     """
     op = "attention_varlen"
-    _check_rank(op, 3, "[T, H, D]", q, k, v)
-    q, k, v, bias = arguments.to_autocast_dtype(q, k, v, bias)  # type: ignore[assignment]
-    arguments.check_index_tensor(op, "cu_seqlens_q", cu_seqlens_q, q, None, torch.int32)
-    if cu_seqlens_k is not cu_seqlens_q:
-        arguments.check_index_tensor(op, "cu_seqlens_k", cu_seqlens_k, q, None, torch.int32)
-    batch = cu_seqlens_q.shape[0] - 1
-    if batch < 0 or cu_seqlens_k.shape[0] != batch + 1:
-        raise ValueError(
-            f"{op}: cu_seqlens_k has shape {list(cu_seqlens_k.shape)} and cu_seqlens_q "
-            f"{list(cu_seqlens_q.shape)}; both need the same B + 1 >= 1 elements"
-        )
     _check_longest(op, "max_seqlen_q", max_seqlen_q)
     _check_longest(op, "max_seqlen_k", max_seqlen_k)
+    usual = UNUSUAL  # with a bias, whose sizes no tensor has
+    if bias is None:
+        usual = _usual_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_seed)
+    if usual == UNUSUAL:
+        _check_rank(op, 3, "[T, H, D]", q, k, v)
+        q, k, v, bias = arguments.to_autocast_dtype(q, k, v, bias)  # type: ignore[assignment]
+        arguments.check_index_tensor(op, "cu_seqlens_q", cu_seqlens_q, q, None, torch.int32)
+        arguments.check_index_tensor(op, "cu_seqlens_k", cu_seqlens_k, q, None, torch.int32)
+        batch = cu_seqlens_q.shape[0] - 1
+        if batch < 0 or cu_seqlens_k.shape[0] != batch + 1:
+            raise ValueError(
+                f"{op}: cu_seqlens_k has shape {list(cu_seqlens_k.shape)} and cu_seqlens_q "
+                f"{list(cu_seqlens_q.shape)}; both need the same B + 1 >= 1 elements"
+            )
+        bias = bias_matrices(op, "bias", bias, q, (batch, q.shape[1], max_seqlen_q, max_seqlen_k))
     outputs = attend(
         op,
         q,
         k,
         v,
-        bias=bias_matrices(op, "bias", bias, q, (batch, q.shape[1], max_seqlen_q, max_seqlen_k)),
+        bias=bias,
         cu_seqlens_q=cu_seqlens_q.contiguous(),
         cu_seqlens_k=cu_seqlens_k.contiguous(),
         max_seqlen_q=max_seqlen_q,
@@ -434,5 +467,6 @@ def attention_varlen(  # type: ignore[misc]  # the overloads abbreviate the opti
         scale=scale,
         sequence_offset=sequence_offset,
         return_lse=return_lse,
+        usual=usual,
     )
     return outputs if return_lse else outputs[0]  # type: ignore[return-value]

@@ -19,7 +19,7 @@ from ..reference import attention_decode as reference
 from ..reference.layer_norm import statistics_dtype
 from . import _arguments as arguments
 from ._backend import implementation
-from ._registration import define_backward
+from ._registration import UNUSUAL, define_backward, usual_call
 from ._vmap import Fold
 from .attention import MAX_HEAD_DIM, _window, bias_matrices
 
@@ -42,6 +42,30 @@ _attention_decode = define_backward(  # a forward, whose gradients too go throug
     reference.attention_decode,
     fold=Fold(("q", "k_cache", "v_cache", "cache_lengths"), unless=("bias",)),
 )
+
+
+_usual = usual_call("x[b h d], x[b s g d], x[b s g d], int32[b]", casts=True)
+
+
+def _check_tensors(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor) -> None:
+    arguments.check_tensor(_OP, "q", q)
+    arguments.check_same(_OP, "q", q, k_cache=k_cache, v_cache=v_cache)
+    if q.dim() != 3:
+        raise ValueError(
+            f"{_OP}: q has shape {list(q.shape)}; it must have 3 dimensions, [B, H, D]"
+        )
+    batch, _, head_dim = q.shape
+    if k_cache.dim() != 4 or k_cache.shape[0] != batch or k_cache.shape[3] != head_dim:
+        raise ValueError(
+            f"{_OP}: k_cache has shape {list(k_cache.shape)}; it must be [B, S, Hk, D] = "
+            f"[{batch}, S, Hk, {head_dim}]"
+        )
+    if v_cache.shape != k_cache.shape:
+        raise ValueError(
+            f"{_OP}: v_cache has shape {list(v_cache.shape)}; it must be k_cache's, "
+            f"{list(k_cache.shape)}"
+        )
+    arguments.check_index_tensor(_OP, "cache_lengths", cache_lengths, q, (batch,), torch.int32)
 
 
 @overload
@@ -107,46 +131,39 @@ def attention_decode(  # type: ignore[misc]  # the overloads abbreviate the opti
         ValueError, TypeError, NotImplementedError: naming the argument, its value and those
             allowed.
     """
-    arguments.check_tensor(_OP, "q", q)
-    arguments.check_same(_OP, "q", q, k_cache=k_cache, v_cache=v_cache)
-    if q.dim() != 3:
-        raise ValueError(
-            f"{_OP}: q has shape {list(q.shape)}; it must have 3 dimensions, [B, H, D]"
+    usual = UNUSUAL  # with a bias, which may have fewer dimensions
+    if bias is None:
+        usual = _usual(q, k_cache, v_cache, cache_lengths)
+    if usual == UNUSUAL:
+        _check_tensors(q, k_cache, v_cache, cache_lengths)
+        q, k_cache, v_cache, bias = arguments.to_autocast_dtype(  # type: ignore[assignment]
+            q, k_cache, v_cache, bias
         )
-    batch, heads, head_dim = q.shape
-    if k_cache.dim() != 4 or k_cache.shape[0] != batch or k_cache.shape[3] != head_dim:
-        raise ValueError(
-            f"{_OP}: k_cache has shape {list(k_cache.shape)}; it must be [B, S, Hk, D] = "
-            f"[{batch}, S, Hk, {head_dim}]"
-        )
-    if v_cache.shape != k_cache.shape:
-        raise ValueError(
-            f"{_OP}: v_cache has shape {list(v_cache.shape)}; it must be k_cache's, "
-            f"{list(k_cache.shape)}"
-        )
+        q, k_cache, v_cache = (arguments.unit_last_stride(t) for t in (q, k_cache, v_cache))
+        sizes = (*q.shape[:2], 1, k_cache.shape[1])
+        bias = bias_matrices(_OP, "bias", bias, q, sizes)
+        cache_lengths = cache_lengths.contiguous()
+    _, heads, head_dim = q.shape
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{_OP}: head dim is {head_dim}; allowed are 1 to {MAX_HEAD_DIM}")
-    room, key_heads = k_cache.shape[1:3]
+    key_heads = k_cache.shape[2]
     if key_heads != heads and (key_heads == 0 or heads % key_heads):
         raise ValueError(
             f"{_OP}: k_cache has {key_heads} heads and q has {heads}; q's must be a multiple of "
             "k_cache's (each key head serves as many query heads)"
         )
-    arguments.check_index_tensor(_OP, "cache_lengths", cache_lengths, q, (batch,), torch.int32)
-    q, k_cache, v_cache, bias = arguments.to_autocast_dtype(  # type: ignore[assignment]
-        q, k_cache, v_cache, bias
-    )
     left, _ = _window(_OP, window)
     if not 0.0 <= softcap < math.inf:
         raise ValueError(f"{_OP}: softcap={softcap}; it must be 0 (none) or positive and finite")
     out, lse = _attention_decode(
-        arguments.unit_last_stride(q),
-        arguments.unit_last_stride(k_cache),
-        arguments.unit_last_stride(v_cache),
-        cache_lengths.contiguous(),
-        bias_matrices(_OP, "bias", bias, q, (batch, heads, 1, room)),
+        q,
+        k_cache,
+        v_cache,
+        cache_lengths,
+        bias,
         left,
         float(softcap),
         1.0 / math.sqrt(head_dim) if scale is None else float(scale),
+        usual=usual,
     )
     return (out, lse) if return_lse else out

@@ -4,13 +4,14 @@ The mask is a function of (seed, row, column) alone: the same on every backend, 
 backward is the forward applied to dy. Used after the embedding's LayerNorm.
 """
 
+import math
 from typing import Any
 
 from torch import Tensor
 
 from . import _arguments as arguments
 from ._backend import implementation
-from ._registration import define
+from ._registration import UNUSUAL, define, usual_call
 from ._vmap import Fold
 
 
@@ -45,6 +46,9 @@ _dropout = define(
 )
 
 
+_usual = usual_call("x[... n], int64?[*], int64?[rows]")
+
+
 def dropout(
     x: Tensor,
     dropout_p: float,
@@ -68,12 +72,16 @@ def dropout(
     Raises:
         ValueError, TypeError: naming the argument, its value and those allowed.
     """
-    arguments.check_tensor("dropout", "x", x)
-    if x.dim() < 1:
-        raise ValueError("dropout: x has no dimension; it needs at least one")
-    seed = arguments.dropout_seed_for("dropout", x, dropout_p, dropout_seed)
+    usual = _usual(x, dropout_seed, dropout_rows)
+    if usual == UNUSUAL:
+        arguments.check_tensor("dropout", "x", x)
+        if x.dim() < 1:
+            raise ValueError("dropout: x has no dimension; it needs at least one")
+        dropout_rows = arguments.check_dropout_rows(
+            "dropout", x, math.prod(x.shape[:-1]), dropout_rows
+        )
+    seed = arguments.dropout_seed_for("dropout", x, dropout_p, dropout_seed, usual)
     if seed is None:
         return x
-    x_rows = arguments.as_rows(x)
-    rows = arguments.check_dropout_rows("dropout", x, x_rows.shape[0], dropout_rows)
-    return arguments.from_rows(_dropout(x_rows, float(dropout_p), seed, rows), x)
+    y = _dropout(arguments.as_rows(x), float(dropout_p), seed, dropout_rows, usual=usual)
+    return arguments.from_rows(y, x)

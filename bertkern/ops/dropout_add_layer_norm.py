@@ -5,6 +5,7 @@ Backward: dz_total = LayerNorm'(dy) + dz, dresidual = dz_total, dx = dz_total ·
 computed again from the seed, never stored.
 """
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -13,9 +14,9 @@ from ..reference import layer_norm as reference
 from ..reference.layer_norm import statistics_dtype
 from . import _arguments as arguments
 from ._backend import implementation
-from ._registration import define, define_backward, present
+from ._registration import UNUSUAL, define, define_backward, present, usual_call
 from ._vmap import Fold
-from .layer_norm import check_normalization, fake_parameter_gradients
+from .layer_norm import check_eps, check_normalization, fake_parameter_gradients
 
 _OP = "dropout_add_layer_norm"
 
@@ -107,6 +108,9 @@ _dropout_add_layer_norm_fwd = define(
 )
 
 
+_usual = usual_call("x[... n], x[... n], float?[n], float?[n], int64?[*], int64?[rows]", casts=True)
+
+
 def dropout_add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -137,24 +141,27 @@ def dropout_add_layer_norm(
     Raises:
         ValueError, TypeError: naming the argument, its value and those allowed.
     """
-    check_normalization(_OP, x, weight, bias, eps)
-    arguments.check_tensor(_OP, "residual", residual)
-    x, residual = arguments.to_autocast_dtype(x, residual)  # type: ignore[assignment]
-    if not (arguments.alike(x, residual) and residual.shape == x.shape):
+    usual = _usual(x, residual, weight, bias, dropout_seed, dropout_rows)
+    if usual == UNUSUAL:
+        check_normalization(_OP, x, weight, bias)
+        arguments.check_tensor(_OP, "residual", residual)
+        x, residual = arguments.to_autocast_dtype(x, residual)  # type: ignore[assignment]
         arguments.check_same(_OP, "x", x, residual=residual)
         arguments.check_shape(_OP, "residual", residual, x.shape)
-    seed = arguments.dropout_seed_for(_OP, x, dropout_p, dropout_seed)
-    x_rows = arguments.as_rows(x)
-    rows = arguments.check_dropout_rows(_OP, x, x_rows.shape[0], dropout_rows)
+        weight, bias = arguments.vector(weight), arguments.vector(bias)
+        dropout_rows = arguments.check_dropout_rows(_OP, x, math.prod(x.shape[:-1]), dropout_rows)
+    check_eps(_OP, eps)
+    seed = arguments.dropout_seed_for(_OP, x, dropout_p, dropout_seed, usual)
     y, z = _dropout_add_layer_norm_fwd(
-        x_rows,
+        arguments.as_rows(x),
         arguments.as_rows(residual),
-        arguments.vector(weight),
-        arguments.vector(bias),
+        weight,
+        bias,
         float(dropout_p),
         float(eps),
         seed,
-        rows,
+        dropout_rows,
+        usual=usual,
     )
     y = arguments.from_rows(y, x)
     return (y, arguments.from_rows(z, x)) if prenorm else y

@@ -14,9 +14,9 @@ from ..reference import embedding_layer_norm as reference
 from ..reference.layer_norm import statistics_dtype
 from . import _arguments as arguments
 from ._backend import implementation
-from ._registration import define, define_backward, present
+from ._registration import UNUSUAL, define, define_backward, present, usual_call
 from ._vmap import Fold
-from .layer_norm import check_normalization, fake_parameter_gradients
+from .layer_norm import check_eps, check_normalization, fake_parameter_gradients
 
 _OP = "embedding_layer_norm"
 _INPUTS = (
@@ -130,10 +130,10 @@ def _check_ids(name: str, ids: object, word: Tensor) -> Tensor:
 
 
 def _check_other_ids(name: str, ids: object, shape: torch.Size, word: Tensor) -> Tensor:
-    """Contiguous [tokens], broadcast to the shape of ids."""
+    """Contiguous, of the shape of ids, to which they are broadcast."""
     indices = _check_ids(name, ids, word)
     try:
-        return _flat(indices if indices.shape == shape else indices.expand(shape))
+        return (indices if indices.shape == shape else indices.expand(shape)).contiguous()
     except RuntimeError:
         raise ValueError(
             f"{_OP}: {name} has shape {list(indices.shape)}, which does not broadcast to that of "
@@ -142,19 +142,11 @@ def _check_other_ids(name: str, ids: object, shape: torch.Size, word: Tensor) ->
 
 
 def _flat(ids: Tensor) -> Tensor:
-    return (ids if ids.dim() == 1 else ids.reshape(-1)).contiguous()
+    """[tokens]."""
+    return ids if ids.dim() == 1 else ids.reshape(-1)
 
 
 def _check_tables(word: Tensor, position: Tensor, table: Tensor) -> None:
-    if (
-        arguments.alike(word, position, table)
-        and word.dim() == position.dim() == table.dim() == 2
-        and word.shape[1] == position.shape[1] == table.shape[1]
-        and word.numel() > 0
-        and position.numel() > 0
-        and table.numel() > 0
-    ):
-        return
     arguments.check_tensor(_OP, "word", word)
     arguments.check_same(_OP, "word", word, position=position, type=table)
     for name, tensor in (("word", word), ("position", position), ("type", table)):
@@ -168,6 +160,12 @@ def _check_tables(word: Tensor, position: Tensor, table: Tensor) -> None:
                 f"{_OP}: {name} has {tensor.shape[1]} columns, but word has {word.shape[1]}; they "
                 "must be equal"
             )
+
+
+_usual = usual_call(
+    "id[...], id[...], id?[...], x[words+ n+], x[positions+ n], x[types+ n], float?[n], float?[n], "
+    "int64?[*], int64?[rows]"
+)
 
 
 def embedding_layer_norm(
@@ -207,33 +205,42 @@ def embedding_layer_norm(
         IndexError: on the CPU, for an id that its table does not have.
         ValueError, TypeError: naming the argument, its value and those allowed.
     """
-    _check_tables(word, position, type)
-    check_normalization(_OP, word, weight, bias, eps)
-    ids = _check_ids("ids", ids, word)
-    position_ids = _check_other_ids("position_ids", position_ids, ids.shape, word)
-    if type_ids is not None:
-        type_ids = _check_other_ids("type_ids", type_ids, ids.shape, word)
+    usual = _usual(
+        ids, position_ids, type_ids, word, position, type, weight, bias, dropout_seed, dropout_rows
+    )
+    if usual == UNUSUAL:
+        _check_tables(word, position, type)
+        check_normalization(_OP, word, weight, bias)
+        word, position = arguments.unit_last_stride(word), arguments.unit_last_stride(position)
+        type = arguments.unit_last_stride(type)
+        weight, bias = arguments.vector(weight), arguments.vector(bias)
+        ids = _check_ids("ids", ids, word)
+        position_ids = _check_other_ids("position_ids", position_ids, ids.shape, word)
+        if type_ids is not None:
+            type_ids = _check_other_ids("type_ids", type_ids, ids.shape, word)
+        ids = ids.contiguous()
+        dropout_rows = arguments.check_dropout_rows(_OP, word, ids.numel(), dropout_rows)
+    check_eps(_OP, eps)
     rows = word.shape[0]
     if padding_idx is not None and not -rows <= padding_idx < rows:
         raise ValueError(
             f"{_OP}: padding_idx={padding_idx}; it must be None or from {-rows} to {rows - 1}"
         )
-    seed = arguments.dropout_seed_for(_OP, word, dropout_p, dropout_seed)
-    tokens = _flat(ids)
-    dropout_rows = arguments.check_dropout_rows(_OP, word, tokens.shape[0], dropout_rows)
+    seed = arguments.dropout_seed_for(_OP, word, dropout_p, dropout_seed, usual)
     (y,) = _embedding_layer_norm_fwd(
-        tokens,
-        position_ids,
-        type_ids,
-        arguments.unit_last_stride(word),
-        arguments.unit_last_stride(position),
-        arguments.unit_last_stride(type),
-        arguments.vector(weight),
-        arguments.vector(bias),
+        _flat(ids),
+        _flat(position_ids),
+        None if type_ids is None else _flat(type_ids),
+        word,
+        position,
+        type,
+        weight,
+        bias,
         -1 if padding_idx is None else padding_idx % rows,
         float(eps),
         float(dropout_p),
         seed,
         dropout_rows,
+        usual=usual,
     )
     return y if ids.dim() == 1 else y.reshape(*ids.shape, word.shape[1])

@@ -6,6 +6,7 @@ Backward, with g = dropout'(dy), z = x w1ᵀ + b1 and h = act(z):  dw2 = gᵀ h,
 (save_preact=False), and h is computed from it again.
 """
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..reference import ffn as reference
 from . import _arguments as arguments
 from ._backend import implementation
-from ._registration import define, define_backward, present
+from ._registration import UNUSUAL, USUAL, define, define_backward, present, usual_call
 from ._vmap import Fold
 from .layer_norm import fake_parameter_gradients
 from .linear import check_weight_and_bias, needs_gradient
@@ -85,6 +86,11 @@ _ffn_fwd = define(
 )
 
 
+_usual = usual_call(
+    "x[... k], x[f k], x|float32?[f], x[n f], x|float32?[n], int64?[*], int64?[rows]", casts=True
+)
+
+
 def ffn(
     x: Tensor,
     w1: Tensor,
@@ -117,26 +123,30 @@ def ffn(
     Raises:
         ValueError, TypeError: naming the argument, its value and those allowed.
     """
-    arguments.check_tensor("ffn", "x", x)
-    if x.dim() < 1:
-        raise ValueError("ffn: x has no dimension; it must be [..., K]")
-    x, w1, b1, w2, b2 = arguments.to_autocast_dtype(x, w1, b1, w2, b2)  # type: ignore[assignment]
-    check_weight_and_bias("ffn", x, "w1", w1, "b1", b1, x.shape[-1])
-    check_weight_and_bias("ffn", x, "w2", w2, "b2", b2, w1.shape[0])
+    usual = _usual(x, w1, b1, w2, b2, dropout_seed, dropout_rows)
+    if usual == UNUSUAL:
+        arguments.check_tensor("ffn", "x", x)
+        if x.dim() < 1:
+            raise ValueError("ffn: x has no dimension; it must be [..., K]")
+        x, w1, b1, w2, b2 = arguments.to_autocast_dtype(x, w1, b1, w2, b2)  # type: ignore[assignment]
+        check_weight_and_bias("ffn", x, "w1", w1, "b1", b1, x.shape[-1])
+        check_weight_and_bias("ffn", x, "w2", w2, "b2", b2, w1.shape[0])
+        w1, b1 = arguments.unit_last_stride(w1), arguments.vector(b1)
+        w2, b2 = arguments.unit_last_stride(w2), arguments.vector(b2)
+        dropout_rows = arguments.check_dropout_rows("ffn", x, math.prod(x.shape[:-1]), dropout_rows)
     act = arguments.check_activation("ffn", activation, optional=False)
-    seed = arguments.dropout_seed_for("ffn", x, dropout_p, dropout_seed)
-    x_rows = arguments.as_rows(x)
-    rows = arguments.check_dropout_rows("ffn", x, x_rows.shape[0], dropout_rows)
+    seed = arguments.dropout_seed_for("ffn", x, dropout_p, dropout_seed, usual)
     (y,) = _ffn_fwd(
-        x_rows,
-        arguments.unit_last_stride(w1),
-        arguments.vector(b1),
-        arguments.unit_last_stride(w2),
-        arguments.vector(b2),
+        arguments.as_rows(x),
+        w1,
+        b1,
+        w2,
+        b2,
         act,
         float(dropout_p),
         seed,
-        rows,
-        save_preact and needs_gradient(x, w1, b1, w2, b2),
+        dropout_rows,
+        save_preact and usual != USUAL and needs_gradient(x, w1, b1, w2, b2),
+        usual=usual,
     )
     return arguments.from_rows(y, x)

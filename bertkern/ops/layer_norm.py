@@ -12,7 +12,7 @@ from ..reference import layer_norm as reference
 from ..reference.layer_norm import statistics_dtype
 from . import _arguments as arguments
 from ._backend import implementation
-from ._registration import define, define_backward, present
+from ._registration import UNUSUAL, define, define_backward, present, usual_call
 from ._vmap import Fold
 
 
@@ -78,26 +78,24 @@ _layer_norm_fwd = define(
 )
 
 
-def check_normalization(
-    op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> None:
+_usual = usual_call("x[... n], float?[n], float?[n]")
+
+
+def check_eps(op: str, eps: float) -> None:
+    """ValueError for a negative one, and for NaN."""
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps={eps}; it must not be negative")
+
+
+def check_normalization(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     """Checks that the LayerNorm family shares; weight and bias may have a dtype of their own."""
     arguments.check_tensor(op, "x", x)
     if x.dim() < 1:
         raise ValueError(f"{op}: x has shape {list(x.shape)}; it needs at least one dimension")
-    if not eps >= 0:
-        raise ValueError(f"{op}: eps={eps}; it must not be negative")
-    columns = x.shape[-1:]
-    if (
-        arguments.alike(x, weight, bias)
-        and (weight is None or weight.shape == columns)
-        and (bias is None or bias.shape == columns)
-    ):
-        return
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             arguments.check_tensor(op, name, parameter)
-            arguments.check_shape(op, name, parameter, columns)
+            arguments.check_shape(op, name, parameter, x.shape[-1:])
             arguments.check_device(op, "x", x, name, parameter)
 
 
@@ -117,8 +115,10 @@ def layer_norm(
     Raises:
         ValueError, TypeError: naming the argument, its value and those allowed.
     """
-    check_normalization("layer_norm", x, weight, bias, eps)
-    (y,) = _layer_norm_fwd(
-        arguments.as_rows(x), arguments.vector(weight), arguments.vector(bias), float(eps)
-    )
+    usual = _usual(x, weight, bias)
+    if usual == UNUSUAL:
+        check_normalization("layer_norm", x, weight, bias)
+        weight, bias = arguments.vector(weight), arguments.vector(bias)
+    check_eps("layer_norm", eps)
+    (y,) = _layer_norm_fwd(arguments.as_rows(x), weight, bias, float(eps), usual=usual)
     return arguments.from_rows(y, x)

@@ -4,6 +4,7 @@ Backward, with g = dropout'(dy) and z = x wᵀ + b:  dz = g · act'(z), dx = dz 
 dz, dresidual = dy. z is kept for the backward, or computed there again (save_preact=False).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..reference import linear as reference
 from . import _arguments as arguments
 from ._backend import implementation
-from ._registration import define, define_backward, present
+from ._registration import UNUSUAL, USUAL, define, define_backward, present, usual_call
 from ._vmap import Fold
 from .layer_norm import fake_parameter_gradients
 
@@ -91,19 +92,16 @@ def check_weight_and_bias(
 ) -> None:
     """w is [out, columns] of x's dtype; b is None or [out], in x's dtype or float32; all on one
     device."""
-    usual = arguments.alike(x, w, b)
-    if not usual:
-        arguments.check_same(op, "x", x, **{w_name: w})
-    w_shape = w.shape
-    if len(w_shape) != 2 or w_shape[1] != columns:
+    arguments.check_same(op, "x", x, **{w_name: w})
+    if w.dim() != 2 or w.shape[1] != columns:
         raise ValueError(
-            f"{op}: {w_name} has shape {list(w_shape)}; it must be [out, {columns}] (out by in, as "
+            f"{op}: {w_name} has shape {list(w.shape)}; it must be [out, {columns}] (out by in, as "
             "torch.nn.Linear keeps it)"
         )
-    if b is None or (usual and b.shape == w_shape[:1]):
+    if b is None:
         return
     arguments.check_tensor(op, b_name, b)
-    arguments.check_shape(op, b_name, b, w_shape[:1])
+    arguments.check_shape(op, b_name, b, w.shape[:1])
     arguments.check_device(op, "x", x, b_name, b)
     if b.dtype not in (x.dtype, torch.float32):
         raise TypeError(
@@ -118,6 +116,11 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
+
+
+_usual = usual_call(
+    "x[... k], x[n k], x|float32?[n], x?[... n], int64?[*], int64?[rows]", casts=True
+)
 
 
 def linear(
@@ -151,30 +154,32 @@ def linear(
     Raises:
         ValueError, TypeError: naming the argument, its value and those allowed.
     """
-    arguments.check_tensor("linear", "x", x)
-    if x.dim() < 1:
-        raise ValueError("linear: x has no dimension; it must be [..., K]")
-    x, w, b, residual = arguments.to_autocast_dtype(x, w, b, residual)  # type: ignore[assignment]
-    check_weight_and_bias("linear", x, "w", w, "b", b, x.shape[-1])
+    usual = _usual(x, w, b, residual, dropout_seed, dropout_rows)
+    if usual == UNUSUAL:
+        arguments.check_tensor("linear", "x", x)
+        if x.dim() < 1:
+            raise ValueError("linear: x has no dimension; it must be [..., K]")
+        x, w, b, residual = arguments.to_autocast_dtype(x, w, b, residual)  # type: ignore[assignment]
+        check_weight_and_bias("linear", x, "w", w, "b", b, x.shape[-1])
+        w, b = arguments.unit_last_stride(w), arguments.vector(b)
+        if residual is not None:
+            arguments.check_same("linear", "x", x, residual=residual)
+            arguments.check_shape("linear", "residual", residual, (*x.shape[:-1], w.shape[0]))
+        dropout_rows = arguments.check_dropout_rows(
+            "linear", x, math.prod(x.shape[:-1]), dropout_rows
+        )
     act = arguments.check_activation("linear", activation, optional=True)
-    if residual is not None:
-        shape = (*x.shape[:-1], w.shape[0])
-        arguments.check_same("linear", "x", x, residual=residual)
-        arguments.check_shape("linear", "residual", residual, shape)
-        residual = arguments.as_rows(residual)
-    seed = arguments.dropout_seed_for("linear", x, dropout_p, dropout_seed)
-    x_rows = arguments.as_rows(x)
-    rows = arguments.check_dropout_rows("linear", x, x_rows.shape[0], dropout_rows)
-    save_preact = save_preact and needs_gradient(x, w, b)
+    seed = arguments.dropout_seed_for("linear", x, dropout_p, dropout_seed, usual)
     (y,) = _linear_fwd(
-        x_rows,
-        arguments.unit_last_stride(w),
-        arguments.vector(b),
-        residual,
+        arguments.as_rows(x),
+        w,
+        b,
+        None if residual is None else arguments.as_rows(residual),
         act,
         float(dropout_p),
         seed,
-        rows,
-        save_preact,
+        dropout_rows,
+        save_preact and usual != USUAL and needs_gradient(x, w, b),
+        usual=usual,
     )
     return arguments.from_rows(y, x)

@@ -19,7 +19,7 @@ from ..reference import linear_cross_entropy as reference
 from ..reference.layer_norm import statistics_dtype
 from . import _arguments as arguments
 from ._backend import implementation
-from ._registration import define, define_backward, present
+from ._registration import UNUSUAL, define, define_backward, present, usual_call
 from ._vmap import Fold
 from .layer_norm import fake_parameter_gradients
 from .linear import check_weight_and_bias
@@ -87,6 +87,9 @@ _linear_cross_entropy_fwd = define(
 )
 
 
+_usual = usual_call("x[... k], x[n+ k], x|float32?[n], int64[...]", casts=True)
+
+
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -118,14 +121,17 @@ def linear_cross_entropy(
     Raises:
         ValueError, TypeError: naming the argument, its value and those allowed.
     """
-    arguments.check_tensor(_OP, "x", x)
-    if x.dim() < 1:
-        raise ValueError(f"{_OP}: x has no dimension; it must be [..., K]")
-    x, weight, bias = arguments.to_autocast_dtype(x, weight, bias)  # type: ignore[assignment]
-    check_weight_and_bias(_OP, x, "weight", weight, "bias", bias, x.shape[-1])
-    if weight.shape[0] == 0:
-        raise ValueError(f"{_OP}: weight has shape {list(weight.shape)}; there must be a class")
-    arguments.check_index_tensor(_OP, "target", target, x, x.shape[:-1], torch.int64)
+    usual = _usual(x, weight, bias, target)
+    if usual == UNUSUAL:
+        arguments.check_tensor(_OP, "x", x)
+        if x.dim() < 1:
+            raise ValueError(f"{_OP}: x has no dimension; it must be [..., K]")
+        x, weight, bias = arguments.to_autocast_dtype(x, weight, bias)  # type: ignore[assignment]
+        check_weight_and_bias(_OP, x, "weight", weight, "bias", bias, x.shape[-1])
+        if weight.shape[0] == 0:
+            raise ValueError(f"{_OP}: weight has shape {list(weight.shape)}; there must be a class")
+        weight, bias = arguments.unit_last_stride(weight), arguments.vector(bias)
+        arguments.check_index_tensor(_OP, "target", target, x, x.shape[:-1], torch.int64)
     if not isinstance(ignore_index, int):
         raise TypeError(f"{_OP}: ignore_index must be an int, not {type(ignore_index).__name__}")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -135,11 +141,12 @@ def linear_cross_entropy(
         raise ValueError(f"{_OP}: reduction={reduction!r}; allowed are {allowed}")
     (loss,) = _linear_cross_entropy_fwd(
         arguments.as_rows(x),
-        arguments.unit_last_stride(weight),
-        arguments.vector(bias),
+        weight,
+        bias,
         (target if target.dim() == 1 else target.reshape(-1)).contiguous(),
         ignore_index,
         float(label_smoothing),
+        usual=usual,
     )
     if reduction == "none":
         return loss if target.dim() == 1 else loss.reshape(target.shape)

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from ..reference.attention import CAUSAL_NONE, CAUSAL_TOP_LEFT
 from . import _arguments as arguments
+from ._registration import UNUSUAL, usual_call
 from .attention import attend, bias_matrices
 
 _OP = "scaled_dot_product_attention"
@@ -41,20 +42,26 @@ def scaled_dot_product_attention(
         enable_gqa: H may be a multiple of Hk; query head h reads key head h // (H / Hk).
 
     Returns:
-        [B, H, Sq, Dv] in query's dtype (a transposed view of a contiguous [B, Sq, H, Dv]). A query
-        that sees no key gives 0.
+        [B, H, Sq, Dv] in query's dtype, in memory a contiguous [B, Sq, H, Dv]. A query that sees no
+        key gives 0.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and those allowed.
     """
+    if attn_mask is not None and is_causal:
+        raise ValueError(f"{_OP}: is_causal=True with an attn_mask; give one of the two")
+    usual = _usual(query, key, value, attn_mask)
+    if usual != UNUSUAL and (enable_gqa or key.shape[1] == query.shape[1]):
+        bias, key_padding_mask = _mask(attn_mask, query.shape[0], key.shape[2])
+        return _attend(
+            query, key, value, bias, key_padding_mask, is_causal, dropout_p, scale, usual
+        )
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         arguments.check_tensor(_OP, name, tensor)
         if tensor.dim() < 2:
             raise ValueError(
                 f"{_OP}: {name} has shape {list(tensor.shape)}; it needs at least [S, D]"
             )
-    if attn_mask is not None and is_causal:
-        raise ValueError(f"{_OP}: is_causal=True with an attn_mask; give one of the two")
     query, key, value, attn_mask = arguments.to_autocast_dtype(  # type: ignore[assignment]
         query, key, value, attn_mask
     )
@@ -75,9 +82,33 @@ def scaled_dot_product_attention(
         query, key, value = (_widened(t, widest) for t in (query, key, value))
     leading, key_leading = _leading(query, key, value, enable_gqa)
     heads, batch = (leading or (1,))[-1], math.prod(leading[:-1])
-    q, k, v = _BSHD(query, leading), _BSHD(key, key_leading), _BSHD(value, key_leading)
-    sizes = (batch, heads, q.shape[1], k.shape[1])
-    bias, key_padding_mask = _mask(attn_mask, q, leading, sizes)
+    q, k, v = _BHSD(query, leading), _BHSD(key, key_leading), _BHSD(value, key_leading)
+    attn_mask = _matrices(attn_mask, q, leading, (batch, heads, q.shape[2], k.shape[2]))
+    bias, key_padding_mask = _mask(attn_mask, batch, k.shape[2])
+    out = _attend(q, k, v, bias, key_padding_mask, is_causal, dropout_p, scale)
+    if len(leading) != 2:
+        out = out.reshape(*leading, q.shape[2], widest)
+    return out if value_dim == widest else out[..., :value_dim]
+
+
+_usual = usual_call(
+    "x[b h s d], x[b g t d], x[b g t d], mask?[b|1 h|1 s|1 t|1]",
+    casts=True,
+)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    scale: float | None,
+    usual: int = UNUSUAL,
+) -> Tensor:
+    """The op on [B, H, S, D]."""
     (out,) = attend(
         _OP,
         q,
@@ -85,27 +116,26 @@ def scaled_dot_product_attention(
         v,
         bias=bias,
         key_padding_mask=key_padding_mask,
-        max_seqlen_q=q.shape[1],
-        max_seqlen_k=k.shape[1],
+        max_seqlen_q=q.shape[2],
+        max_seqlen_k=k.shape[2],
         causal=CAUSAL_TOP_LEFT if is_causal else CAUSAL_NONE,
         dropout_p=dropout_p,
         dropout_seed=None,
         scale=scale,
         sequence_offset=0,
+        heads_first=True,
+        usual=usual,
     )
-    out = out.transpose(1, 2)
-    if len(leading) != 2:
-        out = out.reshape(*leading, q.shape[1], widest)
-    return out if value_dim == widest else out[..., :value_dim]
+    return out
 
 
-def _BSHD(tensor: Tensor, leading: tuple[int, ...]) -> Tensor:
-    """[..., S, D], whose leading dimensions broadcast to `leading`, as [B, S, H, D]."""
-    if len(leading) != 2 or tensor.shape[:-2] != leading:
-        size = tensor.shape[-2:]
-        tensor = tensor.expand(*leading, *size)
-        tensor = tensor.reshape(math.prod(leading[:-1]), (leading or (1,))[-1], *size)
-    return tensor.transpose(1, 2)
+def _BHSD(tensor: Tensor, leading: tuple[int, ...]) -> Tensor:
+    """[..., S, D], whose leading dimensions broadcast to `leading`, as [B, H, S, D]."""
+    if len(leading) == 2 and tensor.shape[:-2] == leading:
+        return tensor
+    size = tensor.shape[-2:]
+    tensor = tensor.expand(*leading, *size)
+    return tensor.reshape(math.prod(leading[:-1]), (leading or (1,))[-1], *size)
 
 
 def _widened(tensor: Tensor, head_dim: int) -> Tensor:
@@ -139,12 +169,10 @@ def _leading(
     return (*outer, shapes[0][-1]), (*outer, shapes[1][-1])
 
 
-def _mask(
+def _matrices(
     attn_mask: Tensor | None, q: Tensor, leading: tuple[int, ...], sizes: tuple[int, int, int, int]
-) -> tuple[Tensor | None, Tensor | None]:
-    """(bias [B or 1, H or 1, Sq or 1, Sk or 1], key_padding_mask [B, Sk]): one of them, or none."""
-    if attn_mask is None:
-        return None, None
+) -> Tensor | None:
+    """The mask as [B or 1, H or 1, Sq or 1, Sk or 1]."""
     if isinstance(attn_mask, Tensor) and len(leading) > 2 and attn_mask.dim() > 3:
         # [..., H, Sq, Sk] -> [B, H, Sq, Sk]: a batch of several dimensions is copied if it
         # broadcasts.
@@ -158,7 +186,12 @@ def _mask(
                     f"{[*leading, *sizes[2:]]}"
                 ) from error
         attn_mask = attn_mask.reshape(math.prod(attn_mask.shape[:-3]), *attn_mask.shape[-3:])
-    bias = bias_matrices(_OP, "attn_mask", attn_mask, q, sizes)
-    if bias is not None and bias.dtype == torch.bool and bias.shape[1:3] == (1, 1):
-        return None, bias[:, 0, 0].expand(sizes[0], sizes[3])
-    return bias, None
+    return bias_matrices(_OP, "attn_mask", attn_mask, q, sizes)
+
+
+def _mask(attn_mask: Tensor | None, batch: int, keys: int) -> tuple[Tensor | None, Tensor | None]:
+    """(bias, key_padding_mask [B, Sk]): one of them, or none; of [B or 1, H or 1, Sq or 1, Sk or
+    1]."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool and attn_mask.shape[1:3] == (1, 1):
+        return None, attn_mask[:, 0, 0].expand(batch, keys)
+    return attn_mask, None

@@ -60,6 +60,11 @@ def _batched(part: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
     return part if group == 1 else part.repeat_interleave(group, dim=2)
 
 
+def _heads_first(t: Tensor) -> Tensor:
+    """[B, S, H, D] -> [B, H, S, D] of the same memory layout, but no view."""
+    return t.transpose(1, 2).clone(memory_format=torch.preserve_format)
+
+
 def _sum_groups(grad: Tensor, key_heads: int) -> Tensor:
     """Gradient of [B, S, H, D] -> of [B, S, Hk, D]: the sum over each key head's query heads."""
     if grad.shape[2] == key_heads:
@@ -208,12 +213,16 @@ def attention_fwd(
     dropout_p: float,
     scale: float,
     sequence_offset: int,
+    heads_first: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse): out like q; lse [B, H, Sq], or [H, Tq] in the variable-length layout.
 
-    bias is [B or 1, H or 1, Sq or 1, Sk or 1], float or bool.
+    bias is [B or 1, H or 1, Sq or 1, Sk or 1], float or bool. heads_first: q, k, v and out are
+    [B, H, S, D], out in memory [B, S, H, D].
     """
     varlen = cu_seqlens_q is not None
+    if heads_first:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     heads = q.shape[-2]
     lse_shape = (heads, q.shape[0]) if varlen else (q.shape[0], heads, q.shape[1])
@@ -228,7 +237,7 @@ def attention_fwd(
             lse[:, group.queries] = group.scores.lse[0]
         else:
             lse[group.first : group.last] = group.scores.lse
-    return out, lse
+    return _heads_first(out) if heads_first else out, lse
 
 
 def attention_bwd(
@@ -254,12 +263,15 @@ def attention_bwd(
     dropout_p: float,
     scale: float,
     sequence_offset: int,
+    heads_first: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dbias); dbias only if bias_grad. out and lse are recomputed from q, k and v, so
     that this can be differentiated again."""
     varlen = cu_seqlens_q is not None
     dtype = statistics_dtype(q)
+    if heads_first:
+        dout, q, k, v = (t.transpose(1, 2) for t in (dout, q, k, v))
     dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     dbias = None
     if bias_grad and bias is not None:
@@ -290,4 +302,6 @@ def attention_bwd(
         group.put(dv, group.at_k, _sum_groups(dv_BSHD, v.shape[-2]))
     if dbias is not None and bias is not None:
         dbias = dbias.to(bias.dtype)
+    if heads_first:
+        dq, dk, dv = (_heads_first(t) for t in (dq, dk, dv))
     return dq, dk, dv, dbias

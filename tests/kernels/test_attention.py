@@ -112,7 +112,7 @@ class Problem:
         """(out, lse, dq, dk, dv) of the kernels."""
         options = (self.bias, self.key_padding_mask, self.cu_q, self.cu_k, self.key_lengths,
                    self.seed, self.max_q, self.max_k, self.causal, *self.window, self.softcap,
-                   self.p, self.scale, OFFSET)  # fmt: skip
+                   self.p, self.scale, OFFSET, False)  # fmt: skip
         out, lse = attention_fwd(self.q, self.k, self.v, *options)
         bias_grad = self.bias is not None and self.bias.dtype != torch.bool
         *grads, dbias = attention_bwd(

@@ -21,14 +21,19 @@ def leaf(*shape):
     return torch.randn(*shape, requires_grad=True)
 
 
-def attention_options(causal, p, window=-1, softcap=0.0):
-    return (SEED if p else None, 5, 6, causal, window, window, softcap, p, 0.5, 0)
+def attention_options(causal, p, window=-1, softcap=0.0, heads_first=False):
+    return (SEED if p else None, 5, 6, causal, window, window, softcap, p, 0.5, 0, heads_first)
 
 
 CALLS = {
     "attention_fwd": lambda: (
         *(leaf(2, 5, 2, 8), leaf(2, 6, 2, 8), leaf(2, 6, 2, 8), None, None, None, None, None),
         *attention_options(1, 0.2),
+    ),
+    "attention_fwd heads first": lambda: (
+        *(leaf(2, 4, 5, 8), leaf(2, 2, 6, 8), leaf(2, 2, 6, 8), leaf(1, 4, 5, 6)),
+        *(None, None, None, None),
+        *attention_options(2, 0.2, heads_first=True),
     ),
     "attention_fwd grouped heads and bias": lambda: (
         *(leaf(2, 5, 4, 8), leaf(2, 6, 2, 8), leaf(2, 6, 2, 8), leaf(1, 4, 5, 6)),
@@ -37,12 +42,17 @@ CALLS = {
     ),
     "attention_fwd varlen": lambda: (
         *(leaf(8, 2, 8) for _ in range(3)),
-        *(None, None, CU, CU, None, None, 5, 5, 0, -1, -1, 0.0, 0.0, 0.5, 0),
+        *(None, None, CU, CU, None, None, 5, 5, 0, -1, -1, 0.0, 0.0, 0.5, 0, False),
     ),
     "attention_bwd": lambda: (
         *(torch.randn(2, n, 2, 8) for n in (5, 5, 6, 6, 5)),
         *(torch.randn(2, 2, 5), None, torch.randn(2, 1, 5, 6), None, None, None, None),
         *(*attention_options(0, 0.2), True),
+    ),
+    "attention_bwd heads first": lambda: (
+        *(torch.randn(2, 2, n, 8) for n in (5, 5, 6, 6, 5)),
+        *(torch.randn(2, 2, 5), torch.randn(2, 2, 5), None, None, None, None, None),
+        *(*attention_options(1, 0.0, heads_first=True), False),
     ),
     "attention_decode": lambda: (
         *(leaf(2, 2, 8), leaf(2, 6, 2, 8), leaf(2, 6, 2, 8), torch.tensor([3, 6]).int()),

@@ -107,7 +107,9 @@ def test_attention_is_torchs():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 7, 3, 8, dtype=torch.float64) for _ in range(3))
     for causal in (0, CAUSAL_BOTTOM_RIGHT):
-        out, lse = attention_fwd(q, k, v, *[None] * 6, 7, 7, causal, -1, -1, 0.0, 0.0, 8**-0.5, 0)
+        out, lse = attention_fwd(
+            q, k, v, *[None] * 6, 7, 7, causal, -1, -1, 0.0, 0.0, 8**-0.5, 0, False
+        )
         theirs = F.scaled_dot_product_attention(
             *(t.transpose(1, 2) for t in (q, k, v)), is_causal=bool(causal)
         )
@@ -118,7 +120,7 @@ def test_attention_is_torchs():
 def test_half_precision_is_computed_in_fp32():
     torch.manual_seed(0)
     q = torch.randn(1, 30, 2, 16).bfloat16()
-    options = (*[None] * 6, 30, 30, 0, -1, -1, 0.0, 0.0, 0.25, 0)
+    options = (*[None] * 6, 30, 30, 0, -1, -1, 0.0, 0.0, 0.25, 0, False)
     out, lse = attention_fwd(q, q, q, *options)
     wide, _ = attention_fwd(*[q.float()] * 3, *options)
     assert lse.dtype == torch.float32
