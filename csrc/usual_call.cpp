@@ -1,5 +1,7 @@
 #include "usual_call.h"
 
+#include <algorithm>
+#include <array>
 #include <memory>
 #include <sstream>
 #include <stdexcept>
@@ -30,6 +32,7 @@ struct Argument {
 };
 
 constexpr int kRows = 0;  // the symbol "rows"
+constexpr size_t kMostNames = 16, kMostLeading = 16;
 
 const dlpack::Exchange* exchange_of(const py::capsule& capsule) {
   auto* exchange = PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule);
@@ -63,6 +66,12 @@ bool unit_last_stride(const dlpack::Tensor& t) {
   return t.dims > 0 && (t.strides[t.dims - 1] == 1 || t.sizes[t.dims - 1] == 1);
 }
 
+bool empty(const dlpack::Tensor& t) {
+  for (int i = 0; i < t.dims; ++i)
+    if (t.sizes[i] == 0) return true;
+  return false;
+}
+
 class Pattern {
  public:
   Pattern(const std::string& text, const py::capsule& exchange, const py::tuple& types,
@@ -71,7 +80,8 @@ class Pattern {
         owned_(py::make_tuple(exchange, types, is_neg)),
         types_(types.ptr()),
         is_neg_(is_neg.ptr()),
-        requires_grad_(py::str("requires_grad")) {
+        requires_grad_(py::str("requires_grad")),
+        is_meta_(py::str("is_meta")) {
     std::istringstream all(text);
     for (std::string one; std::getline(all, one, ',');) arguments_.push_back(parse(one));
   }
@@ -79,7 +89,7 @@ class Pattern {
   Match match(PyObject* const* values, Py_ssize_t count) {
     if (count != static_cast<Py_ssize_t>(arguments_.size())) return kUnusual;
     Bound bound{};
-    bound.sizes.assign(names_.size(), -1);
+    bound.sizes.fill(-1);
     bool gradient = false;
     for (Py_ssize_t i = 0; i < count; ++i) {
       const Argument& argument = arguments_[i];
@@ -88,20 +98,25 @@ class Pattern {
         continue;
       }
       dlpack::Tensor t;
+      if (!is_known(values[i])) return kUnusual;
+      // To be asked for the memory that it does not have, a meta tensor takes a millisecond.
+      if (i == 0 && truth(PyObject_GetAttr(values[i], is_meta_.ptr())) != 0) return kUnusual;
       if (!describe(values[i], t)) return kUnusual;
       if (!fits(argument, t, bound)) return kUnusual;
-      if (t.element.code != dlpack::kFloat && t.element.code != dlpack::kBfloat) continue;
-      if (!answers(PyObject_Vectorcall(is_neg_, &values[i], 1, nullptr), Py_False)) return kUnusual;
-      gradient = gradient || answers(PyObject_GetAttr(values[i], requires_grad_.ptr()), Py_True);
+      if (truth(PyObject_Vectorcall(is_neg_, &values[i], 1, nullptr)) != 0) return kUnusual;
+      if (gradient) continue;
+      const int asks = truth(PyObject_GetAttr(values[i], requires_grad_.ptr()));
+      if (asks < 0) return kUnusual;
+      gradient = asks == 1;
     }
     return gradient ? kUsualGradient : kUsual;
   }
 
  private:
   struct Bound {
-    std::vector<int64_t> sizes;  // of each name; -1: not met yet
-    const int64_t* leading = nullptr;
-    int leading_dims = 0;
+    std::array<int64_t, kMostNames> sizes;  // of each name; -1: not met yet
+    std::array<int64_t, kMostLeading> leading;
+    int leading_dims = -1;  // not met yet
     bool has_device = false, has_x = false;
     dlpack::Device device;
     dlpack::Element x;
@@ -109,11 +124,12 @@ class Pattern {
 
   Argument parse(const std::string& one) {
     const size_t start = one.find_first_not_of(' '), open = one.find('['), close = one.find(']');
-    if (start == std::string::npos || open == std::string::npos || close == std::string::npos)
+    if (start == std::string::npos || open == std::string::npos || close == std::string::npos ||
+        one.find_last_not_of(' ') != close)
       throw std::invalid_argument("pattern: \"" + one + "\" is not type[sizes]");
     std::string type = one.substr(start, open - start);
     Argument argument{};
-    argument.optional = type.back() == '?';
+    argument.optional = !type.empty() && type.back() == '?';
     if (argument.optional) type.pop_back();
     argument.type = type_of(type);
     std::istringstream sizes(one.substr(open + 1, close - open - 1));
@@ -121,6 +137,7 @@ class Pattern {
       if (name == "*") {
         argument.one_element = true;
       } else if (name == "...") {
+        if (argument.leading || !argument.sizes.empty()) misplaced(one);
         argument.leading = true;
       } else {
         Size size{};
@@ -131,11 +148,17 @@ class Pattern {
           size.not_zero = true;
           name.pop_back();
         }
+        if (name.empty() || name[0] == '|') misplaced(one);
         size.symbol = symbol_of(name);
         argument.sizes.push_back(size);
       }
     }
+    if (argument.one_element && (argument.leading || !argument.sizes.empty())) misplaced(one);
     return argument;
+  }
+
+  [[noreturn]] static void misplaced(const std::string& one) {
+    throw std::invalid_argument("pattern: \"" + one + "\" has sizes that mean nothing");
   }
 
   static Type type_of(const std::string& name) {
@@ -153,17 +176,20 @@ class Pattern {
   int symbol_of(const std::string& name) {
     for (size_t i = 0; i < names_.size(); ++i)
       if (names_[i] == name) return static_cast<int>(i);
+    if (names_.size() == kMostNames) throw std::invalid_argument("pattern: too many names");
     names_.push_back(name);
     return static_cast<int>(names_.size()) - 1;
   }
 
-  bool describe(PyObject* value, dlpack::Tensor& t) const {
+  bool is_known(PyObject* value) const {
     PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(value));
-    bool known = false;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(types_); ++i)
-      known = known || PyTuple_GET_ITEM(types_, i) == type;
-    if (!known) return false;
-    if (exchange_->describe(value, &t) == 0) return true;
+      if (PyTuple_GET_ITEM(types_, i) == type) return true;
+    return false;
+  }
+
+  bool describe(PyObject* value, dlpack::Tensor& t) const {
+    if (exchange_->describe(value, &t) == 0) return t.data != nullptr || empty(t);
     PyErr_Clear();  // sparse, nested, a wrapper of a transform: not memory
     return false;
   }
@@ -225,12 +251,12 @@ class Pattern {
   }
 
   static bool fits_leading(const dlpack::Tensor& t, int dims, Bound& bound) {
-    if (bound.leading == nullptr) {
-      bound.leading = t.sizes;
+    if (dims > static_cast<int>(kMostLeading)) return false;
+    if (bound.leading_dims < 0) {
       bound.leading_dims = dims;
-      int64_t rows = 1;
-      for (int i = 0; i < dims; ++i) rows *= t.sizes[i];
-      bound.sizes[kRows] = rows;
+      std::copy_n(t.sizes, dims, bound.leading.begin());
+      bound.sizes[kRows] = 1;
+      for (int i = 0; i < dims; ++i) bound.sizes[kRows] *= t.sizes[i];
       return true;
     }
     if (dims != bound.leading_dims) return false;
@@ -239,19 +265,20 @@ class Pattern {
     return true;
   }
 
-  // Whether a call gave this object; takes the reference that the call returned.
-  static bool answers(PyObject* result, PyObject* wanted) {
+  // 1 for True, 0 for False, -1 for anything else and for an error, which is cleared; takes the
+  // reference that a call returned.
+  static int truth(PyObject* result) {
     if (result == nullptr) PyErr_Clear();
-    const bool equal = result == wanted;
+    const int value = result == Py_True ? 1 : result == Py_False ? 0 : -1;
     Py_XDECREF(result);
-    return equal;
+    return value;
   }
 
   const dlpack::Exchange* exchange_;
   py::tuple owned_;  // what the raw pointers point into
   PyObject* types_;
   PyObject* is_neg_;
-  py::str requires_grad_;
+  py::str requires_grad_, is_meta_;
   std::vector<std::string> names_{"rows"};
   std::vector<Argument> arguments_;
 };
