@@ -244,7 +244,8 @@ void attention_bwd(const AttentionArguments& a, int threads) {
   for (const Strided* t : {&a.dk, &a.dv}) {
     if (varlen) clear_tokens(*t, a.key_heads, a, 0, a.cu_seqlens_k[a.batch], a.seqlen_k);
     for (const Sequence& s : sequences) {
-      const int64_t first = s.start_k - s.first_key, behind = s.start_k + s.len_k;
+      const int64_t first = s.start_k - s.first_key;
+      const int64_t behind = a.heads == 0 ? s.start_k : s.start_k + s.len_k;
       clear_tokens(*t, a.key_heads, a, s.batch, first, s.start_k);
       clear_tokens(*t, a.key_heads, a, s.batch, behind, varlen ? first + s.all_keys : a.seqlen_k);
     }

@@ -479,3 +479,15 @@ def test_varlen_wants_lengths_as_ints():
         bertkern.attention_varlen(q, q, q, cu, cu, torch.tensor(4), 4)
     with pytest.raises(ValueError, match="cu_seqlens_k has shape"):
         bertkern.attention_varlen(q, q, q, cu, torch.tensor([0, 2, 4], dtype=torch.int32), 4, 4)
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton", "reference"])
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_keys_without_query_heads_have_gradients_of_zero(name, device):
+    skip_unless_computable("attention", name, torch.float32, device, 8)
+    q = torch.randn(2, 5, 0, 8, device=device, requires_grad=True)
+    k, v = (torch.randn(2, 5, 2, 8, device=device, requires_grad=True) for _ in range(2))
+    with bertkern.backend(name):
+        grads = torch.autograd.grad(bertkern.attention(q, k, v).sum(), (q, k, v))
+    for grad, leaf in zip(grads, (q, k, v), strict=True):
+        torch.testing.assert_close(grad, torch.zeros_like(leaf))
