@@ -11,6 +11,7 @@ in float32, and their output has it. Which modules get these classes: patched_tr
 B batch, S sequence.
 """
 
+import importlib
 import inspect
 from collections.abc import Callable
 from functools import cache
@@ -22,8 +23,14 @@ from torch.nn import functional as F
 from transformers.activations import GELUActivation
 
 from .. import ops
-from .patched_torch import PatchedLayerNorm, add_norm, dropout_probability, must_be_called
-from .transformers_versions import GELU_TANH
+from .patched_torch import (
+    MUST_BE_CALLED,
+    PatchedLayerNorm,
+    add_norm,
+    dropout_probability,
+    must_be_called,
+)
+from .transformers_versions import GELU_TANH, has_registry
 
 _LAYER_NORMS = (nn.LayerNorm, PatchedLayerNorm)
 
@@ -94,9 +101,9 @@ class Part(nn.Module):
                 if not issubclass(kind, kinds):
                     return f"its {name} stays as it is ({kind.__name__})"
             elif kind not in kinds:
-                return f"its {name} is of class {kind.__name__}, not {kinds[0].__name__}"
+                return f"its {name} is a {_full_name(kind)}, not a {_full_name(kinds[0])}"
             if must_be_called(child):
-                return f"its {name} has hooks, or a forward of its own"
+                return f"its {name} {MUST_BE_CALLED}"
             if isinstance(child, nn.Embedding) and (
                 child.max_norm is not None or child.scale_grad_by_freq or child.sparse
             ):
@@ -450,8 +457,14 @@ def patched_class(own: type[nn.Module], kind: type[Part]) -> type[Part]:
     return type(own.__name__, (kind, own), names)
 
 
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def _blank(own: type[nn.Module], kind: type[Part]) -> Part:
     """A module of the patched class without a state, to be filled by pickle."""
+    if has_registry():
+        importlib.import_module(".transformers", __package__)  # registers the attention's name
     patched = patched_class(own, kind)
     return patched.__new__(patched)
 

@@ -19,6 +19,7 @@ from transformers.models.albert import modeling_albert as albert
 from transformers.models.bert import modeling_bert as bert
 
 from .. import ops
+from ..ops._registration import may_read
 from .patched_bert_layers import Part, RobertaHead
 from .transformers_versions import MASKED_LM_LOSS
 
@@ -62,7 +63,9 @@ class MaskedLM(Part):
 
         @wraps(own.forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return cls.forward(self, *args, **kwargs)
+            # Accelerate keeps a model's forward in a wrapper, beyond `unpatch`.
+            chosen = cls.forward if isinstance(self, cls) else own.forward
+            return chosen(self, *args, **kwargs)
 
         return {
             "forward": forward,
@@ -104,10 +107,7 @@ class MaskedLM(Part):
         is traced or captured cannot wait: there the head is computed of every token.
         """
         x, labels = x.flatten(0, -2), labels.flatten().to(x.device)
-        if not (
-            torch.compiler.is_compiling()
-            or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-        ):
+        if may_read(labels) and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             labelled = (labels != IGNORE_INDEX).nonzero()[:, 0]
             x, labels = x.index_select(0, labelled), labels.index_select(0, labelled)
         decoder = self.decoder_of()

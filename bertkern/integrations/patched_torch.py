@@ -29,6 +29,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from ..ops.attention import MAX_HEAD_DIM
@@ -405,17 +406,28 @@ def _obstacle(layer: nn.Module) -> str | None:
         if type(child) not in _FUSED:
             return f"its {name} is not as torch makes it ({type(child).__name__})"
         if must_be_called(child):
-            return f"its {name} has hooks, or a forward of its own"
+            return f"its {name} {MUST_BE_CALLED}"
     return None
 
 
+MUST_BE_CALLED = "has hooks, a forward of its own, or a weight that is no plain tensor"
+_PLAIN = (nn.Parameter, Tensor, type(None))
+
+
 def must_be_called(module: nn.Module) -> bool:
-    """Whether something happens when the module is called that its parameters do not tell."""
-    return "forward" in module.__dict__ or bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+    """Whether something happens when the module is called that its parameters do not tell, or they
+    are tensors that compute in their own way, as torchao's quantized weights do."""
+    weight = module._parameters.get("weight")
+    return (
+        "forward" in module.__dict__
+        or bool(
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        )
+        or _has_any_global_hook()
+        or (type(weight) not in _PLAIN and hasattr(weight, "__tensor_flatten__"))
     )
 
 

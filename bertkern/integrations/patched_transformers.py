@@ -113,7 +113,7 @@ def patch_attention(model: nn.Module) -> tuple[list[str], dict[str, str]]:
         }
         if not names:
             continue
-        if root.config._attn_implementation != NAME:
+        if any(_attention_of(module, root) != NAME for module in (root, *names.values())):
             reason = _attention_obstacle(root)
             if reason is not None:
                 left |= dict.fromkeys(names, reason)
@@ -123,15 +123,29 @@ def patch_attention(model: nn.Module) -> tuple[list[str], dict[str, str]]:
             configs = _own_configs(root)
             root.__dict__[_OWN_ATTENTION] = [(c, c._attn_implementation) for c in configs]
             root.set_attn_implementation(NAME)
+            for config in configs:  # layers may hold another one than their model
+                config._attn_implementation = NAME
         swapped += names
     return swapped, left
 
 
 def unpatch_attention(model: nn.Module) -> None:
-    """Give every config the name of the attention that it had."""
-    for module in model.modules():
-        for config, name in module.__dict__.pop(_OWN_ATTENTION, ()):
+    """Give every config the name of the attention that it had, and a config that came later that of
+    the first."""
+    for root in model.modules():
+        own = root.__dict__.pop(_OWN_ATTENTION, ())
+        for config, name in own:
             config._attn_implementation = name
+        for module in root.modules() if own else ():
+            for config in module.__dict__.values():
+                if isinstance(config, Config) and config._attn_implementation == NAME:
+                    config._attn_implementation = own[0][1]
+
+
+def _attention_of(module: nn.Module, root: PreTrainedModel) -> str | None:
+    """The name of the attention in a module's config, or in its model's."""
+    name: str | None = getattr(module, "config", root.config)._attn_implementation
+    return name
 
 
 def _outermost_models(model: nn.Module) -> Iterable[tuple[str, PreTrainedModel]]:

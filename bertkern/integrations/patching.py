@@ -51,6 +51,8 @@ def patch(model: nn.Module) -> Report:
     masks come from this package's generator, and a masked-LM model that is given labels returns the
     loss and no logits (None). A model of transformers gets its own copy of its config, because the
     name of its attention stands there. Attention weights (output_attentions) cannot be asked for.
+    Under autocast the outputs are in its dtype. Unpatch before a model is scripted, traced by
+    torch.fx or exported to ONNX: what takes models apart knows torch's modules and ops alone.
 
     A module whose children were replaced or given hooks, before or after, calls them as it always
     did. To patch a second time does nothing to what is patched, and finds what is new.

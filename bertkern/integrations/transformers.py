@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..ops import attention, attention_varlen
+from ..ops._registration import may_read
 
 NAME = "bertkern"
 # Options of other attentions that would change the result.
@@ -38,14 +39,15 @@ REFUSED = ("head_mask", "indices", "block_indices", "cache")
 def _key_padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
     """The mask of tokens as None, lengths int32 [B] or bool [B, Sk].
 
-    That looks at the mask, which costs one synchronisation; under torch.compile it stays bool."""
+    That looks at the mask, which costs one synchronisation; while something traces it stays bool.
+    """
     if attention_mask is None:
         return None
     missing = kv_offset + kv_length - attention_mask.shape[1]
     if missing > 0:  # rows of a cache that nothing was written to yet
         attention_mask = pad(attention_mask, (0, missing))
     mask = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-    if torch.compiler.is_compiling():
+    if not may_read(mask):
         return mask
     lengths = mask.sum(-1, dtype=torch.int32)
     positions = torch.arange(mask.shape[1], device=mask.device)

@@ -9,9 +9,15 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
-    """TypeError unless it is a floating-point tensor of a dtype that the ops compute in."""
+    """TypeError unless it is a floating-point tensor of a dtype that the ops compute in, and not
+    nested."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, not {type(value).__name__}")
+    if value.is_nested:
+        raise TypeError(
+            f"{op}: {name} is a nested tensor; give its values(), and for attention its offsets() "
+            "as cu_seqlens to attention_varlen"
+        )
     if value.dtype not in FLOATS:
         raise TypeError(
             f"{op}: {name} has dtype {value.dtype}; allowed are float16, bfloat16, float32, float64"

@@ -141,6 +141,17 @@ def _matcher(pattern: str) -> Callable[..., int]:
     return match or (lambda *tensors: UNUSUAL)
 
 
+def may_read(tensor: Tensor) -> bool:
+    """Whether the host may look at a tensor's values to choose a way: it has some, and nobody
+    traces, who would write the choice down as the only one."""
+    return not (
+        is_dynamo_compiling()
+        or _get_tracing_state() is not None
+        or _dispatch_isTensorSubclassLike(tensor)
+        or tensor.is_meta
+    )
+
+
 def _span(schema: str, names: Sequence[str]) -> tuple[int, int]:
     """(first, last) of arguments that stand next to each other; of all for no name."""
     arguments = [name for _, name in _arguments(schema)]

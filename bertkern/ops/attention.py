@@ -243,13 +243,6 @@ def bias_matrices(
 
 
 def _check_rank(op: str, rank: int, layout: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    if (
-        isinstance(q, Tensor)
-        and isinstance(k, Tensor)
-        and isinstance(v, Tensor)
-        and q.dim() == k.dim() == v.dim() == rank
-    ):
-        return
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         arguments.check_tensor(op, name, tensor)
         if tensor.dim() != rank:

@@ -110,7 +110,10 @@ def check_weight_and_bias(
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a backward can follow."""
+    """Whether a backward can follow: always, as far as torch.jit.trace is concerned, which records
+    one answer and checks it with gradients off."""
+    if torch.jit.is_tracing():
+        return True
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:

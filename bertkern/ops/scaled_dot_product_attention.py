@@ -5,9 +5,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import pad
 
-from ..reference.attention import CAUSAL_NONE, CAUSAL_TOP_LEFT
+from ..reference.attention import CAUSAL_BOTTOM_RIGHT, CAUSAL_NONE, CAUSAL_TOP_LEFT
 from . import _arguments as arguments
 from ._registration import UNUSUAL, usual_call
 from .attention import attend, bias_matrices
@@ -34,7 +35,8 @@ def scaled_dot_product_attention(
             filled up with zeros in a copy.
         attn_mask: broadcasts to [B, H, Sq, Sk]; bool (True: attend) or query's dtype or float32
             (added to the scores), with a gradient. A bool mask that differs by key alone, as
-            padding does, is taken as a key padding mask, which is cheaper.
+            padding does, is taken as a key padding mask, which is cheaper; a causal bias of
+            `torch.nn.attention.bias`, as the causal mask that it means.
         dropout_p: applied whenever it is above 0, as torch does.
         is_causal: query i sees keys j ≤ i (aligned to the top left, as torch does); not together
             with attn_mask.
@@ -50,18 +52,19 @@ def scaled_dot_product_attention(
     """
     if attn_mask is not None and is_causal:
         raise ValueError(f"{_OP}: is_causal=True with an attn_mask; give one of the two")
+    causal = CAUSAL_TOP_LEFT if is_causal else CAUSAL_NONE
     usual = _usual(query, key, value, attn_mask)
     if usual != UNUSUAL and (enable_gqa or key.shape[1] == query.shape[1]):
         bias, key_padding_mask = _mask(attn_mask, query.shape[0], key.shape[2])
-        return _attend(
-            query, key, value, bias, key_padding_mask, is_causal, dropout_p, scale, usual
-        )
+        return _attend(query, key, value, bias, key_padding_mask, causal, dropout_p, scale, usual)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         arguments.check_tensor(_OP, name, tensor)
         if tensor.dim() < 2:
             raise ValueError(
                 f"{_OP}: {name} has shape {list(tensor.shape)}; it needs at least [S, D]"
             )
+    if isinstance(attn_mask, CausalBias):
+        causal, attn_mask = _causal_of(attn_mask, query, key), None
     query, key, value, attn_mask = arguments.to_autocast_dtype(  # type: ignore[assignment]
         query, key, value, attn_mask
     )
@@ -85,7 +88,7 @@ def scaled_dot_product_attention(
     q, k, v = _BHSD(query, leading), _BHSD(key, key_leading), _BHSD(value, key_leading)
     attn_mask = _matrices(attn_mask, q, leading, (batch, heads, q.shape[2], k.shape[2]))
     bias, key_padding_mask = _mask(attn_mask, batch, k.shape[2])
-    out = _attend(q, k, v, bias, key_padding_mask, is_causal, dropout_p, scale)
+    out = _attend(q, k, v, bias, key_padding_mask, causal, dropout_p, scale)
     if len(leading) != 2:
         out = out.reshape(*leading, q.shape[2], widest)
     return out if value_dim == widest else out[..., :value_dim]
@@ -103,7 +106,7 @@ def _attend(
     v: Tensor,
     bias: Tensor | None,
     key_padding_mask: Tensor | None,
-    is_causal: bool,
+    causal: int,
     dropout_p: float,
     scale: float | None,
     usual: int = UNUSUAL,
@@ -118,7 +121,7 @@ def _attend(
         key_padding_mask=key_padding_mask,
         max_seqlen_q=q.shape[2],
         max_seqlen_k=k.shape[2],
-        causal=CAUSAL_TOP_LEFT if is_causal else CAUSAL_NONE,
+        causal=causal,
         dropout_p=dropout_p,
         dropout_seed=None,
         scale=scale,
@@ -127,6 +130,19 @@ def _attend(
         usual=usual,
     )
     return out
+
+
+def _causal_of(attn_mask: CausalBias, query: Tensor, key: Tensor) -> int:
+    """The mask that a `torch.nn.attention.bias.CausalBias` stands for: it holds sizes, not
+    values."""
+    sizes = (attn_mask.seq_len_q, attn_mask.seq_len_kv)
+    if sizes != (query.shape[-2], key.shape[-2]):
+        raise ValueError(
+            f"{_OP}: attn_mask is a causal bias of {list(sizes)}; query and key have "
+            f"{[query.shape[-2], key.shape[-2]]} rows"
+        )
+    top_left = attn_mask.variant == CausalVariant.UPPER_LEFT
+    return CAUSAL_TOP_LEFT if top_left else CAUSAL_BOTTOM_RIGHT
 
 
 def _BHSD(tensor: Tensor, leading: tuple[int, ...]) -> Tensor:

@@ -1,11 +1,13 @@
 """`bertkern.scaled_dot_product_attention` means what torch's does: layouts, masks, groups."""
 
+import contextlib
 import math
 
 import pytest
 import torch
 from computable import finest_dtype, skip_unless_computable
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import bertkern
 from bertkern.reference.tolerance import assert_close, cancelling, hold_in_most_draws
@@ -169,6 +171,44 @@ def test_any_leading_dimensions(device, shape, mask):
         bertkern.scaled_dot_product_attention(q, k, v, attn_mask),
         F.scaled_dot_product_attention(q, k, v, attn_mask),
     )
+
+
+@pytest.mark.parametrize("sizes", [(5, 5), (4, 7), (7, 4)])
+@pytest.mark.parametrize("make", [causal_upper_left, causal_lower_right])
+def test_causal_biases_of_torch_are_the_masks_they_mean(device, make, sizes):
+    """They are tensors that hold no mask: of whatever memory they have, nothing is read."""
+    torch.manual_seed(0)
+    rows, keys = sizes
+    q, k, v = (torch.randn(2, 3, n, 8, device=device) for n in (rows, keys, keys))
+    seen = torch.ones(sizes, dtype=torch.bool, device=device)
+    seen = seen.tril(keys - rows if make is causal_lower_right else 0)
+    expected = F.scaled_dot_product_attention(q, k, v, seen)
+    expected = expected.masked_fill(~seen.any(-1)[:, None], 0.0)
+    for routed in (False, True):
+        with bertkern.integrations.torch.sdpa() if routed else contextlib.nullcontext():
+            function = F if routed else bertkern
+            out = function.scaled_dot_product_attention(q, k, v, attn_mask=make(*sizes))
+        torch.testing.assert_close(out, expected)
+
+
+def test_a_causal_bias_of_other_sizes_is_refused():
+    q = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ValueError, match=r"causal bias of \[4, 5\].*\[4, 4\]"):
+        bertkern.scaled_dot_product_attention(q, q, q, attn_mask=causal_upper_left(4, 5))
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_are_refused_with_what_to_do(layout):
+    parts = [torch.zeros(3, 2, 8), torch.zeros(5, 2, 8)]
+    x = torch.nested.nested_tensor(parts, layout=layout)
+    for call in (
+        lambda: bertkern.scaled_dot_product_attention(*[x.transpose(1, 2)] * 3),
+        lambda: bertkern.attention(x, x, x),
+        lambda: bertkern.layer_norm(x),
+        lambda: bertkern.linear(x, torch.zeros(4, 8)),
+    ):
+        with pytest.raises(TypeError, match=r"nested tensor; give its values\(\)"):
+            call()
 
 
 def test_wrong_arguments_are_named():
