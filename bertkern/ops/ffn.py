@@ -14,7 +14,7 @@ from torch import Tensor
 from ..reference import ffn as reference
 from . import _arguments as arguments
 from ._backend import implementation
-from ._registration import UNUSUAL, USUAL, define, define_backward, present, usual_call
+from ._registration import UNUSUAL, define, define_backward, present, usual_call
 from ._vmap import Fold
 from .layer_norm import fake_parameter_gradients
 from .linear import check_weight_and_bias, needs_gradient
@@ -146,7 +146,7 @@ def ffn(
         float(dropout_p),
         seed,
         dropout_rows,
-        save_preact and usual != USUAL and needs_gradient(x, w1, b1, w2, b2),
+        save_preact and needs_gradient(usual, x, w1, b1, w2, b2),
         usual=usual,
     )
     return arguments.from_rows(y, x)

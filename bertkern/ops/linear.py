@@ -109,10 +109,12 @@ def check_weight_and_bias(
         )
 
 
-def needs_gradient(*tensors: Tensor | None) -> bool:
+def needs_gradient(usual: int, *tensors: Tensor | None) -> bool:
     """Whether a backward can follow: always, as far as torch.jit.trace is concerned, which records
     one answer and checks it with gradients off."""
-    if torch.jit.is_tracing():
+    if usual == USUAL:
+        return False
+    if usual == UNUSUAL and torch.jit.is_tracing():
         return True
     if torch.is_grad_enabled():
         for tensor in tensors:
@@ -182,7 +184,7 @@ def linear(
         float(dropout_p),
         seed,
         dropout_rows,
-        save_preact and usual != USUAL and needs_gradient(x, w, b),
+        save_preact and needs_gradient(usual, x, w, b),
         usual=usual,
     )
     return arguments.from_rows(y, x)
