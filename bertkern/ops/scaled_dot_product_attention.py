@@ -2,10 +2,11 @@
 meaning."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
+from torch.nn import Parameter
 from torch.nn.functional import pad
 
 from ..reference.attention import CAUSAL_BOTTOM_RIGHT, CAUSAL_NONE, CAUSAL_TOP_LEFT
@@ -63,8 +64,8 @@ def scaled_dot_product_attention(
             raise ValueError(
                 f"{_OP}: {name} has shape {list(tensor.shape)}; it needs at least [S, D]"
             )
-    if isinstance(attn_mask, CausalBias):
-        causal, attn_mask = _causal_of(attn_mask, query, key), None
+    if type(attn_mask) not in (Tensor, Parameter, type(None)):
+        causal, attn_mask = _causal_bias(attn_mask, causal, query, key)
     query, key, value, attn_mask = arguments.to_autocast_dtype(  # type: ignore[assignment]
         query, key, value, attn_mask
     )
@@ -132,9 +133,15 @@ def _attend(
     return out
 
 
-def _causal_of(attn_mask: CausalBias, query: Tensor, key: Tensor) -> int:
-    """The mask that a `torch.nn.attention.bias.CausalBias` stands for: it holds sizes, not
-    values."""
+def _causal_bias(
+    attn_mask: Any, causal: int, query: Tensor, key: Tensor
+) -> tuple[int, Tensor | None]:
+    """(causal, attn_mask) of a `torch.nn.attention.bias.CausalBias`, a tensor that holds sizes and
+    no values; of anything else, as they are."""
+    from torch.nn.attention.bias import CausalBias, CausalVariant  # a quarter second to import
+
+    if not isinstance(attn_mask, CausalBias):
+        return causal, attn_mask
     sizes = (attn_mask.seq_len_q, attn_mask.seq_len_kv)
     if sizes != (query.shape[-2], key.shape[-2]):
         raise ValueError(
@@ -142,7 +149,7 @@ def _causal_of(attn_mask: CausalBias, query: Tensor, key: Tensor) -> int:
             f"{[query.shape[-2], key.shape[-2]]} rows"
         )
     top_left = attn_mask.variant == CausalVariant.UPPER_LEFT
-    return CAUSAL_TOP_LEFT if top_left else CAUSAL_BOTTOM_RIGHT
+    return CAUSAL_TOP_LEFT if top_left else CAUSAL_BOTTOM_RIGHT, None
 
 
 def _BHSD(tensor: Tensor, leading: tuple[int, ...]) -> Tensor:

@@ -33,7 +33,7 @@ def compare(shape, dtype, p):
         lengths = torch.tensor([seqlen_k - 3, seqlen_k], dtype=torch.int32)
     seed = torch.tensor([SEED]) if p else None
     options = (*[None] * 4, lengths, seed, seqlen_q, seqlen_k, causal, -1, -1, 0.0, p)
-    options = (*options, head_dim**-0.5, 3)
+    options = (*options, head_dim**-0.5, 3, False)
 
     def expected(dtype):
         qkv = [t.to(dtype) for t in (q, k, v)]

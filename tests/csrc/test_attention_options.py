@@ -71,7 +71,7 @@ class Problem:
         seed = torch.tensor([SEED]) if p else None
         self.options = (
             self.keys, None, None, None, seed, seqlen_q, seqlen_k, causal, *window, softcap, p,
-            D**-0.5, 3,
+            D**-0.5, 3, False,
         )  # fmt: skip
 
     def expected(self, dtype):
