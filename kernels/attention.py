@@ -208,8 +208,8 @@ def attention_bwd(
     heads_first: bool,
     bias_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(dq, dk, dv, dbias), contiguous; dbias only if bias_grad. The same bits from run to run: no
-    atomics, sums in the order of the index."""
+    """(dq, dk, dv, dbias), in memory contiguous [B, S, H, D] or [T, H, D]; dbias only if bias_grad.
+    The same bits from run to run: no atomics, sums in the order of the index."""
     call = _Call(
         q, k, v, bias, key_padding_mask, cu_seqlens_q, cu_seqlens_k, key_lengths, dropout_seed,
         max_seqlen_q, max_seqlen_k, causal, window_left, window_right, softcap, dropout_p, scale,

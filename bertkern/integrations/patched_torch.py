@@ -417,7 +417,8 @@ _PLAIN = (nn.Parameter, Tensor, type(None))
 def must_be_called(module: nn.Module) -> bool:
     """Whether something happens when the module is called that its parameters do not tell, or they
     are tensors that compute in their own way, as torchao's quantized weights do."""
-    weight = module._parameters.get("weight")
+    parameters = module._parameters
+    weight = parameters["weight"] if "weight" in parameters else None  # noqa: SIM401  # no get in a ScriptModule's
     return (
         "forward" in module.__dict__
         or bool(
@@ -427,8 +428,19 @@ def must_be_called(module: nn.Module) -> bool:
             or module._backward_pre_hooks
         )
         or _has_any_global_hook()
-        or (type(weight) not in _PLAIN and hasattr(weight, "__tensor_flatten__"))
+        or (type(weight) not in _PLAIN and _computes_itself(weight))
     )
+
+
+def _computes_itself(weight: Any) -> bool:
+    """Whether a weight is a wrapper with operators of its own; not one that FSDP2 sharded, which is
+    whole and plain in the forward."""
+    if torch.distributed.is_available():
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(weight, DTensor):
+            return False
+    return hasattr(weight, "__tensor_flatten__")
 
 
 def _apply(x: Tensor, sublayers: Sequence[Sublayer], norm_first: bool) -> Tensor:

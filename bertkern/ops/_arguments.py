@@ -2,6 +2,8 @@
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
+from torch.compiler import is_dynamo_compiling
 
 from ..reference.activation import ACTIVATIONS
 
@@ -65,6 +67,8 @@ def check_index_tensor(
     (ValueError)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, not {type(value).__name__}")
+    if value.is_nested:
+        raise TypeError(f"{op}: {name} is a nested tensor; it must be a plain one")
     if value.dtype != dtype:
         raise TypeError(f"{op}: {name} has dtype {value.dtype}; it must be {dtype}")
     check_device(op, "the input", like, name, value)
@@ -122,6 +126,11 @@ def check_dropout_rows(op: str, x: Tensor, rows: int, dropout_rows: Tensor | Non
     check_index_tensor(op, "dropout_rows", dropout_rows, x, None, torch.int64)
     check_shape(op, "dropout_rows", dropout_rows, (rows,))
     return dropout_rows.contiguous()
+
+
+def autocasts(first: object) -> bool:
+    """Whether `to_autocast_dtype` may have something to do; False for what is no tensor."""
+    return (is_dynamo_compiling() or _is_any_autocast_enabled()) and isinstance(first, Tensor)
 
 
 def to_autocast_dtype(first: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -151,7 +151,8 @@ def attention_bwd(
     key_lengths: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dq, dk, dv, dbias), contiguous; dbias only if bias_grad, the last of the options. The same
+    """(dq, dk, dv, dbias), in memory contiguous [B, S, H, D] or [T, H, D]; dbias only if bias_grad,
+    the last of the options. The same
     bits from run to run: no atomics, sums in one order."""
     *options_of_both, bias_grad = options
     if 0 in dout.stride():  # as from a sum: the copy engine cannot reach rows on top of each other
@@ -165,8 +166,8 @@ def attention_bwd(
     dbias = None
     if bias_grad and bias is not None:
         dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
-    if dq.numel() + dk.numel() == 0:
-        return dq, dk, dv, None if dbias is None else dbias.zero_()
+    if dq.numel() == 0:  # no queries, or no query heads
+        return dq, dk.zero_(), dv.zero_(), None if dbias is None else dbias.zero_()
     indices = (keys, cu_seqlens_q, cu_seqlens_k, key_lengths)
     order = _order(cu_seqlens_q, 2)
     _C.cuda_attention_bwd(

@@ -29,19 +29,20 @@ from torch._C import (
     _AutoDispatchBelowAutograd,
     _dispatch_isTensorSubclassLike,
     _get_tracing_state,
-    _is_any_autocast_enabled,
 )
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import _profiler_enabled, forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function, has_torch_function_unary
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ._backend import native
 from ._vmap import Fold, vmap_rule
 
-# torch names without a promise, all here: the imports above that begin with `_`, and
-# `forward_ad._current_level`. torch.library, torch.overrides and torch.autograd use the same.
+# torch names without a promise, all here: the imports above that begin with `_`,
+# `forward_ad._current_level`, and `_is_any_autocast_enabled` in _arguments.py. torch.library,
+# torch.overrides and torch.autograd use the same.
 
 UNUSUAL, USUAL, USUAL_GRADIENT = 0, 1, 2  # what `usual_call` says, as csrc/usual_call.h does
 
@@ -98,7 +99,7 @@ def define(
     return call
 
 
-def usual_call(pattern: str, *, casts: bool = False) -> Callable[..., int]:
+def usual_call(pattern: str) -> Callable[..., int]:
     """A function of an op's tensors that says whether they are what the pattern says.
 
     Its answer goes to the callable of `define` as `usual`, and stands for all checks of these
@@ -108,18 +109,12 @@ def usual_call(pattern: str, *, casts: bool = False) -> Callable[..., int]:
 
     Args:
         pattern: types and sizes, in the language of `csrc/usual_call.h`.
-        casts: whether the op casts its tensors under autocast, which makes each such call unusual.
     """
     match: Callable[..., int] | None = None
 
     def usual(*tensors: Any) -> int:
         nonlocal match
-        if (
-            _watched()
-            or has_torch_function_unary(_PROBE)
-            or _dispatch_isTensorSubclassLike(_PROBE)
-            or (casts and _is_any_autocast_enabled())
-        ):
+        if _watched() or has_torch_function_unary(_PROBE) or _dispatch_isTensorSubclassLike(_PROBE):
             return UNUSUAL
         if match is None:
             match = _matcher(pattern)
@@ -128,7 +123,9 @@ def usual_call(pattern: str, *, casts: bool = False) -> Callable[..., int]:
     return usual
 
 
-_PROBE = torch.empty(0)  # itself as plain as can be: what is asked of it is asked of the modes
+with _disable_current_modes():  # whatever mode this is imported in
+    # Itself as plain as can be: what is asked of it is asked of the modes.
+    _PROBE = torch.empty(0, device="cpu")
 
 
 def _matcher(pattern: str) -> Callable[..., int]:

@@ -187,12 +187,9 @@ def attend(
 
 
 _usual = usual_call(
-    "x[b s h d], x[b t g d], x[b t g d], mask?[b|1 h|1 s|1 t|1], bool?[b t], int32?[b], int64?[*]",
-    casts=True,
+    "x[b s h d], x[b t g d], x[b t g d], mask?[b|1 h|1 s|1 t|1], bool?[b t], int32?[b], int64?[*]"
 )
-_usual_varlen = usual_call(
-    "x[s h d], x[t g d], x[t g d], int32[c+], int32[c+], int64?[*]", casts=True
-)
+_usual_varlen = usual_call("x[s h d], x[t g d], x[t g d], int32[c+], int32[c+], int64?[*]")
 
 
 def _check_keys(op: str, head_dim: int, k: Tensor, v: Tensor) -> None:
@@ -227,6 +224,8 @@ def bias_matrices(
         return None
     if not isinstance(bias, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, not {type(bias).__name__}")
+    if bias.is_nested:
+        raise TypeError(f"{op}: {name} is a nested tensor; it must be a plain one")
     if bias.dtype not in (torch.bool, q.dtype, torch.float32):
         raise TypeError(
             f"{op}: {name} has dtype {bias.dtype}; allowed are torch.bool, torch.float32 and "
@@ -318,10 +317,11 @@ def attention(  # type: ignore[misc]  # the overloads abbreviate the options
         ValueError, TypeError, NotImplementedError: naming the argument, its value and those
             allowed.
     """
+    if arguments.autocasts(q):
+        q, k, v, bias = arguments.to_autocast_dtype(q, k, v, bias)  # type: ignore[assignment]
     usual = _usual(q, k, v, bias, key_padding_mask, key_lengths, dropout_seed)
     if usual == UNUSUAL:
         _check_rank("attention", 4, "[B, S, H, D]", q, k, v)
-        q, k, v, bias = arguments.to_autocast_dtype(q, k, v, bias)  # type: ignore[assignment]
         batch, queries, heads, _ = q.shape
         key_batch, keys, _, _ = k.shape
         if key_batch != batch:
@@ -427,12 +427,13 @@ def attention_varlen(  # type: ignore[misc]  # the overloads abbreviate the opti
     op = "attention_varlen"
     _check_longest(op, "max_seqlen_q", max_seqlen_q)
     _check_longest(op, "max_seqlen_k", max_seqlen_k)
+    if arguments.autocasts(q):
+        q, k, v, bias = arguments.to_autocast_dtype(q, k, v, bias)  # type: ignore[assignment]
     usual = UNUSUAL  # with a bias, whose sizes no tensor has
     if bias is None:
         usual = _usual_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_seed)
     if usual == UNUSUAL:
         _check_rank(op, 3, "[T, H, D]", q, k, v)
-        q, k, v, bias = arguments.to_autocast_dtype(q, k, v, bias)  # type: ignore[assignment]
         arguments.check_index_tensor(op, "cu_seqlens_q", cu_seqlens_q, q, None, torch.int32)
         arguments.check_index_tensor(op, "cu_seqlens_k", cu_seqlens_k, q, None, torch.int32)
         batch = cu_seqlens_q.shape[0] - 1

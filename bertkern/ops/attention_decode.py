@@ -44,7 +44,7 @@ _attention_decode = define_backward(  # a forward, whose gradients too go throug
 )
 
 
-_usual = usual_call("x[b h d], x[b s g d], x[b s g d], int32[b]", casts=True)
+_usual = usual_call("x[b h d], x[b s g d], x[b s g d], int32[b]")
 
 
 def _check_tensors(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor) -> None:
@@ -131,14 +131,15 @@ def attention_decode(  # type: ignore[misc]  # the overloads abbreviate the opti
         ValueError, TypeError, NotImplementedError: naming the argument, its value and those
             allowed.
     """
+    if arguments.autocasts(q):
+        q, k_cache, v_cache, bias = arguments.to_autocast_dtype(  # type: ignore[assignment]
+            q, k_cache, v_cache, bias
+        )
     usual = UNUSUAL  # with a bias, which may have fewer dimensions
     if bias is None:
         usual = _usual(q, k_cache, v_cache, cache_lengths)
     if usual == UNUSUAL:
         _check_tensors(q, k_cache, v_cache, cache_lengths)
-        q, k_cache, v_cache, bias = arguments.to_autocast_dtype(  # type: ignore[assignment]
-            q, k_cache, v_cache, bias
-        )
         q, k_cache, v_cache = (arguments.unit_last_stride(t) for t in (q, k_cache, v_cache))
         sizes = (*q.shape[:2], 1, k_cache.shape[1])
         bias = bias_matrices(_OP, "bias", bias, q, sizes)

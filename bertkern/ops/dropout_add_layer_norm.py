@@ -108,7 +108,7 @@ _dropout_add_layer_norm_fwd = define(
 )
 
 
-_usual = usual_call("x[... n], x[... n], float?[n], float?[n], int64?[*], int64?[rows]", casts=True)
+_usual = usual_call("x[... n], x[... n], float?[n], float?[n], int64?[*], int64?[rows]")
 
 
 def dropout_add_layer_norm(
@@ -141,11 +141,12 @@ def dropout_add_layer_norm(
     Raises:
         ValueError, TypeError: naming the argument, its value and those allowed.
     """
+    if arguments.autocasts(x):
+        x, residual = arguments.to_autocast_dtype(x, residual)  # type: ignore[assignment]
     usual = _usual(x, residual, weight, bias, dropout_seed, dropout_rows)
     if usual == UNUSUAL:
         check_normalization(_OP, x, weight, bias)
         arguments.check_tensor(_OP, "residual", residual)
-        x, residual = arguments.to_autocast_dtype(x, residual)  # type: ignore[assignment]
         arguments.check_same(_OP, "x", x, residual=residual)
         arguments.check_shape(_OP, "residual", residual, x.shape)
         weight, bias = arguments.vector(weight), arguments.vector(bias)

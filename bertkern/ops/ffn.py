@@ -87,7 +87,7 @@ _ffn_fwd = define(
 
 
 _usual = usual_call(
-    "x[... k], x[f k], x|float32?[f], x[n f], x|float32?[n], int64?[*], int64?[rows]", casts=True
+    "x[... k], x[f k], x|float32?[f], x[n f], x|float32?[n], int64?[*], int64?[rows]"
 )
 
 
@@ -123,12 +123,13 @@ def ffn(
     Raises:
         ValueError, TypeError: naming the argument, its value and those allowed.
     """
+    if arguments.autocasts(x):
+        x, w1, b1, w2, b2 = arguments.to_autocast_dtype(x, w1, b1, w2, b2)  # type: ignore[assignment]
     usual = _usual(x, w1, b1, w2, b2, dropout_seed, dropout_rows)
     if usual == UNUSUAL:
         arguments.check_tensor("ffn", "x", x)
         if x.dim() < 1:
             raise ValueError("ffn: x has no dimension; it must be [..., K]")
-        x, w1, b1, w2, b2 = arguments.to_autocast_dtype(x, w1, b1, w2, b2)  # type: ignore[assignment]
         check_weight_and_bias("ffn", x, "w1", w1, "b1", b1, x.shape[-1])
         check_weight_and_bias("ffn", x, "w2", w2, "b2", b2, w1.shape[0])
         w1, b1 = arguments.unit_last_stride(w1), arguments.vector(b1)

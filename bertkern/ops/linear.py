@@ -123,9 +123,7 @@ def needs_gradient(usual: int, *tensors: Tensor | None) -> bool:
     return False
 
 
-_usual = usual_call(
-    "x[... k], x[n k], x|float32?[n], x?[... n], int64?[*], int64?[rows]", casts=True
-)
+_usual = usual_call("x[... k], x[n k], x|float32?[n], x?[... n], int64?[*], int64?[rows]")
 
 
 def linear(
@@ -159,12 +157,13 @@ def linear(
     Raises:
         ValueError, TypeError: naming the argument, its value and those allowed.
     """
+    if arguments.autocasts(x):
+        x, w, b, residual = arguments.to_autocast_dtype(x, w, b, residual)  # type: ignore[assignment]
     usual = _usual(x, w, b, residual, dropout_seed, dropout_rows)
     if usual == UNUSUAL:
         arguments.check_tensor("linear", "x", x)
         if x.dim() < 1:
             raise ValueError("linear: x has no dimension; it must be [..., K]")
-        x, w, b, residual = arguments.to_autocast_dtype(x, w, b, residual)  # type: ignore[assignment]
         check_weight_and_bias("linear", x, "w", w, "b", b, x.shape[-1])
         w, b = arguments.unit_last_stride(w), arguments.vector(b)
         if residual is not None:

@@ -87,7 +87,7 @@ _linear_cross_entropy_fwd = define(
 )
 
 
-_usual = usual_call("x[... k], x[n+ k], x|float32?[n], int64[...]", casts=True)
+_usual = usual_call("x[... k], x[n+ k], x|float32?[n], int64[...]")
 
 
 def linear_cross_entropy(
@@ -121,12 +121,13 @@ def linear_cross_entropy(
     Raises:
         ValueError, TypeError: naming the argument, its value and those allowed.
     """
+    if arguments.autocasts(x):
+        x, weight, bias = arguments.to_autocast_dtype(x, weight, bias)  # type: ignore[assignment]
     usual = _usual(x, weight, bias, target)
     if usual == UNUSUAL:
         arguments.check_tensor(_OP, "x", x)
         if x.dim() < 1:
             raise ValueError(f"{_OP}: x has no dimension; it must be [..., K]")
-        x, weight, bias = arguments.to_autocast_dtype(x, weight, bias)  # type: ignore[assignment]
         check_weight_and_bias(_OP, x, "weight", weight, "bias", bias, x.shape[-1])
         if weight.shape[0] == 0:
             raise ValueError(f"{_OP}: weight has shape {list(weight.shape)}; there must be a class")

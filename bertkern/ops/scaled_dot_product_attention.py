@@ -54,6 +54,12 @@ def scaled_dot_product_attention(
     if attn_mask is not None and is_causal:
         raise ValueError(f"{_OP}: is_causal=True with an attn_mask; give one of the two")
     causal = CAUSAL_TOP_LEFT if is_causal else CAUSAL_NONE
+    if type(attn_mask) not in (Tensor, Parameter, type(None)):
+        causal, attn_mask = _causal_bias(attn_mask, causal, query, key)
+    if arguments.autocasts(query):
+        query, key, value, attn_mask = arguments.to_autocast_dtype(  # type: ignore[assignment]
+            query, key, value, attn_mask
+        )
     usual = _usual(query, key, value, attn_mask)
     if usual != UNUSUAL and (enable_gqa or key.shape[1] == query.shape[1]):
         bias, key_padding_mask = _mask(attn_mask, query.shape[0], key.shape[2])
@@ -64,11 +70,6 @@ def scaled_dot_product_attention(
             raise ValueError(
                 f"{_OP}: {name} has shape {list(tensor.shape)}; it needs at least [S, D]"
             )
-    if type(attn_mask) not in (Tensor, Parameter, type(None)):
-        causal, attn_mask = _causal_bias(attn_mask, causal, query, key)
-    query, key, value, attn_mask = arguments.to_autocast_dtype(  # type: ignore[assignment]
-        query, key, value, attn_mask
-    )
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     if key.shape[-1] != head_dim:
         raise ValueError(
@@ -95,10 +96,7 @@ def scaled_dot_product_attention(
     return out if value_dim == widest else out[..., :value_dim]
 
 
-_usual = usual_call(
-    "x[b h s d], x[b g t d], x[b g t d], mask?[b|1 h|1 s|1 t|1]",
-    casts=True,
-)
+_usual = usual_call("x[b h s d], x[b g t d], x[b g t d], mask?[b|1 h|1 s|1 t|1]")
 
 
 def _attend(

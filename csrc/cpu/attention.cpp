@@ -276,7 +276,7 @@ void attention_bwd(const AttentionArguments& a, int threads) {
   const int64_t floats = bias_grad.floats_of_head() + group_sums.floats_of_head();
   const int64_t least =
       std::max<int64_t>(8 * threads, kSmallBuffers / std::max<int64_t>(floats, 1));
-  const int64_t group = group_sums.group();
+  const int64_t group = std::max<int64_t>(1, group_sums.group());  // 0 without query heads
   const int64_t wave = std::min(heads_of_all, (least + group - 1) / group * group);
   bias_grad.reserve(wave);
   group_sums.reserve(wave);

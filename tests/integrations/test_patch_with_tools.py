@@ -240,3 +240,38 @@ def test_hooks_of_the_whole_process_see_every_module():
         handle.remove()
         calls.append(sorted(seen))
     assert calls[0] == calls[1]
+
+
+@pytest.mark.parametrize("first", ["patched", "scripted"])
+def test_an_activation_that_is_a_script(first):
+    """A ScriptModule keeps its parameters in a dictionary of its own kind."""
+    plain, ours = make(), make()
+    steps = [patch, lambda model: script(model)]
+
+    def script(model):
+        for layer in model.encoder.layer:
+            layer.intermediate.intermediate_act_fn = torch.jit.script(nn.GELU())
+
+    script(plain)
+    for step in steps if first == "patched" else reversed(steps):
+        step(ours)
+    agree(ours, plain, RIGHT)
+
+
+def test_weights_that_fsdp_shards_are_plain_in_the_forward(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        plain, ours = make(), make()
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in ours.encoder.layer:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(ours, mesh=mesh)
+        assert "encoder.layer.0.output" in patch(ours).swapped["dropout + residual + LayerNorm"]
+        agree(ours, plain, RIGHT)
+    finally:
+        torch.distributed.destroy_process_group()

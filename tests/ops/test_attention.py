@@ -481,13 +481,21 @@ def test_varlen_wants_lengths_as_ints():
         bertkern.attention_varlen(q, q, q, cu, torch.tensor([0, 2, 4], dtype=torch.int32), 4, 4)
 
 
-@pytest.mark.parametrize("name", ["cpu", "triton", "reference"])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("name", ["cuda", "cpu", "triton", "reference"])
 @pytest.mark.usefixtures("nan_filled_memory")
-def test_keys_without_query_heads_have_gradients_of_zero(name, device):
-    skip_unless_computable("attention", name, torch.float32, device, 8)
-    q = torch.randn(2, 5, 0, 8, device=device, requires_grad=True)
-    k, v = (torch.randn(2, 5, 2, 8, device=device, requires_grad=True) for _ in range(2))
+def test_keys_without_query_heads_have_gradients_of_zero(name, with_bias, device):
+    dtype = finest_dtype(name)
+    skip_unless_computable("attention", name, dtype, device, 8)
+    q = torch.randn(2, 5, 0, 8, device=device, dtype=dtype, requires_grad=True)
+    k, v = (
+        torch.randn(2, 5, 2, 8, device=device, dtype=dtype, requires_grad=True) for _ in range(2)
+    )
+    leaves = [q, k, v]
+    if with_bias:
+        leaves.append(torch.randn(1, 1, 5, 5, device=device, requires_grad=True))
     with bertkern.backend(name):
-        grads = torch.autograd.grad(bertkern.attention(q, k, v).sum(), (q, k, v))
-    for grad, leaf in zip(grads, (q, k, v), strict=True):
+        out = bertkern.attention(q, k, v, bias=leaves[3] if with_bias else None)
+        grads = torch.autograd.grad(out.sum(), leaves)
+    for grad, leaf in zip(grads, leaves, strict=True):
         torch.testing.assert_close(grad, torch.zeros_like(leaf))

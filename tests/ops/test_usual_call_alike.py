@@ -225,6 +225,18 @@ def test_undisturbed(monkeypatch, name, grad):
         assert said == (USUAL_GRADIENT if grad else USUAL)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_under_autocast(monkeypatch, name, grad):
+    """What is asked for are the tensors that autocast makes of those that were given."""
+    call = CALLS[name]
+    tensors = list(fresh(call, grad).values())
+    leaves = [t for t in tensors if t is not None]
+    with torch.autocast("cpu", torch.bfloat16):
+        said = assert_alike(monkeypatch, call, tensors, leaves, "autocast")
+    assert said == (USUAL_GRADIENT if grad else USUAL)
+
+
 @pytest.mark.parametrize("change", DISTURBANCES)
 @pytest.mark.parametrize("name", CALLS)
 def test_one_tensor_is(monkeypatch, name, change):

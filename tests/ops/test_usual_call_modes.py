@@ -1,8 +1,6 @@
 """When nothing is usual whatever the tensors are: under modes, transforms, compilers and profilers
 that want to see the op, and where the compiled matcher cannot be had."""
 
-import warnings
-
 import pytest
 import torch
 from torch import Tensor
@@ -62,25 +60,6 @@ def test_nothing_is_usual_under(name, mode):
         with MODES[mode]():
             assert call.answer(*tensors) == UNUSUAL
         assert call.answer(*tensors) == expected
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", CALLS)
-def test_autocast(name, device):
-    """Of another device, too: which it is would take longer to ask than the op's own checks."""
-    call = CALLS[name]
-    casts = call.op not in ("layer_norm", "embedding_layer_norm")
-    tensors = tensors_of(call)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # no CUDA: disabled
-        context = torch.autocast(device, torch.bfloat16)
-    with context:
-        on = torch.is_autocast_enabled(device)
-        assert on or device == "cuda"
-        assert call.answer(*tensors) == (UNUSUAL if on and casts else USUAL)
-        with torch.autocast(device, enabled=False):
-            assert call.answer(*tensors) == USUAL
-    assert call.answer(*tensors) == USUAL
 
 
 TRANSFORMS = {
