@@ -30,6 +30,14 @@ def cannot_attention(dtype: torch.dtype, head_dim: int, aligned: bool) -> str | 
     return None
 
 
+def _empty_like(t: Tensor, heads_first: bool) -> Tensor:
+    """`_layout.empty_like` by this module's own torch, whose memory the emulator watches."""
+    options: dict[str, Any] = {"dtype": t.dtype, "device": t.device}
+    if heads_first:
+        return torch.empty_strided(t.shape, _layout.heads_first_strides(t), **options)
+    return torch.empty(t.shape, **options)
+
+
 def _order(cu_seqlens: Tensor | None, *directions: int) -> Tensor | None:
     """Scratch int32 [*directions, B] for the order in which a varlen batch's sequences are taken:
     longest first, found on the device. None in the batched layout."""
@@ -115,7 +123,7 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse): out like q, lse fp32 [B, H, Sq] or [H, Tq]."""
     heads_first = options[-1]
-    out = _layout.empty_like(q, heads_first)
+    out = _empty_like(q, heads_first)
     batch, queries, heads, _ = _layout.sizes(q, heads_first)
     lse_shape = (heads, queries) if q.dim() == 3 else (batch, heads, queries)
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
@@ -161,7 +169,7 @@ def attention_bwd(
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     heads_first = options_of_both[-1]
-    dq, dk, dv = (_layout.empty_like(t, heads_first) for t in (q, k, v))
+    dq, dk, dv = (_empty_like(t, heads_first) for t in (q, k, v))
     delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     dbias = None
     if bias_grad and bias is not None:

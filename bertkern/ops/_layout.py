@@ -34,7 +34,11 @@ def empty_like(t: Tensor, heads_first: bool) -> Tensor:
     """
     if not heads_first:
         return t.new_empty(t.shape)
-    _, sequence, heads, head_dim = sizes(t, heads_first)
+    return torch.empty_strided(t.shape, heads_first_strides(t), dtype=t.dtype, device=t.device)
+
+
+def heads_first_strides(t: Tensor) -> tuple[int, int, int, int]:
+    """Of a tensor of t's sizes [B, H, S, D] whose memory is a contiguous [B, S, H, D]."""
+    _, heads, sequence, head_dim = t.shape
     token = heads * head_dim
-    stride = (sequence * token, head_dim, token, 1)
-    return torch.empty_strided(t.shape, stride, dtype=t.dtype, device=t.device)
+    return sequence * token, head_dim, token, 1

@@ -74,6 +74,9 @@ class _Memory:
     def empty(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._poisoned(torch.empty(*args, **kwargs))
 
+    def empty_strided(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._poisoned(torch.empty_strided(*args, **kwargs))
+
     def empty_like(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._poisoned(torch.empty_like(*args, **kwargs))
 
@@ -180,7 +183,12 @@ def emulated(
         "_C": _Calls(memory),
         "address": memory.address,
         "place": _place,
-        "torch": _Overlay(torch, empty=memory.empty, empty_like=memory.empty_like),
+        "torch": _Overlay(
+            torch,
+            empty=memory.empty,
+            empty_like=memory.empty_like,
+            empty_strided=memory.empty_strided,
+        ),
     }
     with contextlib.ExitStack() as stack:
         for name in MODULES:

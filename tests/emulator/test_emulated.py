@@ -5,7 +5,7 @@ import torch
 from emulator import build, emulated
 
 import bertkern
-from bertkern.ops import _backend, _cuda
+from bertkern.ops import _backend, _cuda, _cuda_attention
 
 if (reason := emulated.unusable()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -62,6 +62,13 @@ def test_memory_that_torch_hands_out_has_no_values_yet():
     assert forward(x.normal_(), torch.empty(6, 24), 6).isfinite().all()
     y = forward(x, _cuda.torch.empty(6, 24), 6)
     assert forward(y, torch.empty(6, 24), 6).isfinite().all()
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_what_attention_allocates_has_no_values_yet(heads_first):
+    """Or a kernel that leaves rows unwritten could be lucky."""
+    assert _cuda_attention._empty_like(torch.randn(2, 3, 4, 8), heads_first).isnan().all()
 
 
 def test_afterwards_everything_is_as_before():
