@@ -5,6 +5,9 @@
     act(dense(x)), and LayerNorm(act(dense(x)))       linear with the activation in it, layer_norm
     dropout(LayerNorm(word + position + type))        embedding_layer_norm
 
+Over 500 lines: each program of the family has a class here, and all share one way to be patched,
+pickled and refused.
+
 Under autocast a residual sum and its LayerNorm are computed from autocast's dtype, with statistics
 in float32, and their output has it. Which modules get these classes: patched_transformers.py.
 

@@ -124,9 +124,7 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
     out = _layout.empty_like(q, heads_first)
-    batch, queries, heads, _ = _layout.sizes(q, heads_first)
-    lse_shape = (heads, queries) if q.dim() == 3 else (batch, heads, queries)
-    lse = torch.empty(lse_shape, dtype=torch.float32)
+    lse = torch.empty(_layout.lse_shape(q, heads_first), dtype=torch.float32)
     keys = None if key_padding_mask is None else key_padding_mask.contiguous()
     _C.cpu_attention_fwd(
         address(q),

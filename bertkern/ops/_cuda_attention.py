@@ -124,9 +124,7 @@ def attention_fwd(
     """(out, lse): out like q, lse fp32 [B, H, Sq] or [H, Tq]."""
     heads_first = options[-1]
     out = _empty_like(q, heads_first)
-    batch, queries, heads, _ = _layout.sizes(q, heads_first)
-    lse_shape = (heads, queries) if q.dim() == 3 else (batch, heads, queries)
-    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+    lse = torch.empty(_layout.lse_shape(q, heads_first), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     keys = None if key_padding_mask is None else key_padding_mask.contiguous()
@@ -160,8 +158,7 @@ def attention_bwd(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dbias), in memory contiguous [B, S, H, D] or [T, H, D]; dbias only if bias_grad,
-    the last of the options. The same
-    bits from run to run: no atomics, sums in one order."""
+    the last of the options. The same bits from run to run: no atomics, sums in one order."""
     *options_of_both, bias_grad = options
     if 0 in dout.stride():  # as from a sum: the copy engine cannot reach rows on top of each other
         dout = dout.contiguous()

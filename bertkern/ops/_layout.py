@@ -27,6 +27,12 @@ def strides(t: Tensor, heads_first: bool) -> tuple[int, int, int]:
     return (batch, second, first) if heads_first else (batch, first, second)
 
 
+def lse_shape(q: Tensor, heads_first: bool) -> tuple[int, ...]:
+    """[B, H, Sq]; [H, Tq] of a variable-length batch."""
+    batch, queries, heads, _ = sizes(q, heads_first)
+    return (heads, queries) if q.dim() == 3 else (batch, heads, queries)
+
+
 def empty_like(t: Tensor, heads_first: bool) -> Tensor:
     """A tensor of t's sizes whose memory is a contiguous [B, S, H, D] or [T, H, D].
 

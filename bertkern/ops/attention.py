@@ -38,10 +38,8 @@ def _fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     heads_first = rest[-1]
-    batch, queries, heads, _ = _layout.sizes(q, heads_first)
-    lse_shape = (heads, queries) if q.dim() == 3 else (batch, heads, queries)
     out = _layout.empty_like(q, heads_first)
-    return out, q.new_empty(lse_shape, dtype=statistics_dtype(q))
+    return out, q.new_empty(_layout.lse_shape(q, heads_first), dtype=statistics_dtype(q))
 
 
 def _bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:

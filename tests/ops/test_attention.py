@@ -1,5 +1,6 @@
 """Attention in both layouts against fp64, on every backend: outputs, lse, gradients, dropout,
-neighbours. Its masks, bias and the like: test_attention_options.py."""
+neighbours. Its masks, bias and the like: test_attention_options.py. Over 500 lines: one table of
+cases serves every test."""
 
 import math
 from dataclasses import dataclass, replace
